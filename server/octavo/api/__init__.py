@@ -1,0 +1,1 @@
+"""The process that owns the sockets: OpenAI routes, probes, streams."""

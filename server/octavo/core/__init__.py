@@ -1,0 +1,1 @@
+"""The engine's decisions: sequences, blocks, scheduling. Integers in, integers out."""

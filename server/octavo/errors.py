@@ -1,0 +1,41 @@
+"""What can go wrong before and around serving, each with a code the operator understands."""
+
+from __future__ import annotations
+
+
+class OctavoError(Exception):
+    """Base of the errors that a user is meant to read.
+
+    `reason` is a CamelCase word for a Kubernetes condition; `retryable` says whether the same
+    start could succeed later without anybody changing anything.
+    """
+
+    reason = "InternalError"
+    retryable = True
+
+
+class ModelError(OctavoError):
+    """The model folder cannot be served: the text names the file, what is wrong, the next step."""
+
+    reason = "ModelInvalid"
+    retryable = False
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture, rope type or quantization is not one of ours; the text names it."""
+
+    reason = "ModelUnsupported"
+
+
+class DoesNotFitError(OctavoError):
+    """The model or its cache does not fit in memory; the text has the numbers and what would fit."""
+
+    reason = "ModelDoesNotFit"
+    retryable = False
+
+
+class ConfigError(OctavoError):
+    """A flag or environment value is wrong; the text names it and the allowed range."""
+
+    reason = "ConfigInvalid"
+    retryable = False

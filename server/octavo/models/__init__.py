@@ -1,0 +1,1 @@
+"""Decoders, described by a spec."""
