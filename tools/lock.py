@@ -1,0 +1,33 @@
+"""Resolves requirements/*.lock from pyproject.toml: one resolution, so that images and tests agree."""
+
+from __future__ import annotations
+
+import setup
+
+
+def main() -> None:
+    """dev.lock holds everything; the two images' locks are subsets of it, by constraint."""
+    uv = setup.ensure_uv()
+    common = (
+        "pip",
+        "compile",
+        "--quiet",
+        "--python-version",
+        "3.11",
+        "--python-platform",
+        "x86_64-manylinux_2_28",
+        "--generate-hashes",
+        "--no-header",
+        "--no-annotate",
+        "pyproject.toml",
+    )
+    folder = setup.ROOT / "requirements"
+    setup.run(uv, *common, "--upgrade", "--extra", "dev", "-o", folder / "dev.lock")
+    for extra in ("server", "operator"):
+        lock = folder / f"{extra}.lock"
+        lock.unlink(missing_ok=True)
+        setup.run(uv, *common, "--extra", extra, "-c", folder / "dev.lock", "-o", lock)
+
+
+if __name__ == "__main__":
+    main()
