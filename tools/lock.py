@@ -1,4 +1,4 @@
-"""Resolves requirements/*.lock from pyproject.toml: one resolution, so that images and tests agree."""
+"""Resolves requirements/*.lock from pyproject.toml in one resolution: images and tests agree."""
 
 from __future__ import annotations
 

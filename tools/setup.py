@@ -42,7 +42,7 @@ def run(*command: str | Path, **env: str) -> None:
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-8000:], sep="\n", file=sys.stderr)
         fail(
-            f"`{' '.join(map(str, command))}` failed with exit code {done.returncode} (output above)"
+            f"`{' '.join(map(str, command))}` failed, exit code {done.returncode} (see above)"
         )
 
 
