@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 
 class OctavoError(Exception):
     """Base of the errors that a user is meant to read.
@@ -28,7 +30,7 @@ class UnsupportedModelError(ModelError):
 
 
 class DoesNotFitError(OctavoError):
-    """The model or its cache does not fit in memory; the text has the numbers and what would fit."""
+    """The model or its cache does not fit in memory; the text has numbers and what would fit."""
 
     reason = "ModelDoesNotFit"
     retryable = False
@@ -39,3 +41,12 @@ class ConfigError(OctavoError):
 
     reason = "ConfigInvalid"
     retryable = False
+
+
+class ExitCode(IntEnum):
+    """How a process ended; numbers as in sysexits.h, so that they mean something elsewhere too."""
+
+    OK = 0
+    FAILED = 70  # a bug, or the engine process died; starting again may help
+    STALLED = 75  # the start made no progress
+    CONFIG = 78  # nothing will change until somebody changes the configuration or the model

@@ -1,0 +1,353 @@
+"""Configuration: frozen dataclasses, their flags, and the only code that reads the environment."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from octavo.core.policy import PolicyFactory
+from octavo.errors import ConfigError
+
+DEVICES = ("auto", "cuda", "cpu")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+SOURCES = ("auto", "hub", "modelscope", "path")
+DEFAULT_TERMINATION_LOG = "/dev/termination-log"
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROC_CGROUP = Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine process needs to know; travels to it as JSON.
+
+    None means that the engine decides once it knows the model and the device: `num_kv_blocks` from
+    memory, `max_model_len` from the model, `max_num_batched_tokens` 2048 (512 on the CPU),
+    `num_threads` from the container's CPU limit.
+    """
+
+    model: str
+    source: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    gpu_memory_utilization: float = 0.90
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    scheduling_policy: str = "fcfs"
+    seed: int = 0
+    num_threads: int | None = None
+
+    def to_json(self) -> str:
+        """The form that the engine process takes on its command line."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineConfig:
+        """Read `to_json`'s form; a wrong key or type is a `ConfigError`."""
+        try:
+            config = msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"engine configuration: {error}") from error
+        _validate_engine(config)
+        return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """What `octavo serve` was asked to do. Times are in seconds."""
+
+    engine: EngineConfig
+    host: str = "0.0.0.0"
+    port: int = 8000
+    served_model_names: tuple[str, ...]
+    drain_timeout: float = 110.0
+    startup_stall_timeout: float = 120.0
+    max_queue: int = 2048
+    chat_template: str | None = None
+    termination_log: str = DEFAULT_TERMINATION_LOG
+
+    @property
+    def source(self) -> str:
+        """Where the model comes from: auto, hub, modelscope or path."""
+        return self.engine.source
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `ConfigError`s and that accepts no abbreviations."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the whole usage and leaving."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `octavo serve`; names shared with vLLM mean the same."""
+    parser.add_argument("model", metavar="MODEL", help="model folder: config, tokenizer, weights")
+    _add_http_arguments(parser.add_argument_group("endpoint"))
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_scheduler_arguments(parser.add_argument_group("cache and scheduling"))
+
+
+def _add_http_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--host", default="0.0.0.0", help="address to listen on (default %(default)s)")
+    add("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
+    add(
+        "--served-model-name",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="names that requests may use; the first is shown (default MODEL)",
+    )
+    add("--chat-template", metavar="FILE_OR_TEXT", help="instead of the tokenizer's own")
+    add(
+        "--max-queue",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="unfinished requests beyond which new ones get 429 (default %(default)s)",
+    )
+    add(
+        "--drain-timeout",
+        type=float,
+        default=110.0,
+        metavar="SECONDS",
+        help="after SIGTERM, time for running requests to finish (default %(default)s)",
+    )
+    add(
+        "--startup-stall-timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="exit when the start makes no progress for this long (default %(default)s)",
+    )
+
+
+def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--source", choices=SOURCES, default="auto", help="where MODEL is (default %(default)s)")
+    add("--device", choices=DEVICES, default="auto", help="default: cuda when there is one")
+    add("--dtype", choices=DTYPES, default="auto", help="default: the model's; float32 on the CPU")
+    add(
+        "--max-model-len",
+        type=int,
+        metavar="TOKENS",
+        help="longest prompt and output together (default: the model's)",
+    )
+    add("--seed", type=int, default=0, help="seed of requests without one (default %(default)s)")
+    add(
+        "--num-threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of the engine (default: the container's CPU limit)",
+    )
+
+
+def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--block-size",
+        type=int,
+        default=16,
+        metavar="TOKENS",
+        help="tokens in a KV block (default %(default)s)",
+    )
+    add("--num-kv-blocks", type=int, metavar="N", help="size of the KV cache (default: by memory)")
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.90,
+        metavar="RATIO",
+        help="share of the device's memory to use (default %(default)s)",
+    )
+    add(
+        "--max-num-seqs",
+        type=int,
+        default=256,
+        metavar="N",
+        help="sequences that run at once (default %(default)s)",
+    )
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens in one step (default 2048; 512 on the CPU)",
+    )
+    add(
+        "--scheduling-policy",
+        choices=PolicyFactory.names(),
+        default="fcfs",
+        help="order of the waiting queue (default %(default)s)",
+    )
+
+
+def reject_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raise a `ConfigError` that names the first unknown flag and the nearest known one."""
+    if not unknown:
+        return
+    flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=", 1)[0]
+    near = difflib.get_close_matches(flag, parser._option_string_actions, n=1, cutoff=0.5)
+    if not flag.startswith("-"):
+        raise ConfigError(f"unexpected argument {flag!r} (see {parser.prog} --help)")
+    hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
+    raise ConfigError(f"unknown flag {flag}; {hint}")
+
+
+def serve_config(args: argparse.Namespace) -> ServeConfig:
+    """Build and check the configuration from parsed flags and the environment."""
+    engine = EngineConfig(
+        model=args.model,
+        source=args.source,
+        device=args.device,
+        dtype=args.dtype,
+        block_size=args.block_size,
+        num_kv_blocks=args.num_kv_blocks,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        scheduling_policy=args.scheduling_policy,
+        seed=args.seed,
+        num_threads=args.num_threads or cpu_limit(),
+    )
+    config = ServeConfig(
+        engine=engine,
+        host=args.host,
+        port=args.port,
+        served_model_names=tuple(args.served_model_name or (args.model,)),
+        drain_timeout=args.drain_timeout,
+        startup_stall_timeout=args.startup_stall_timeout,
+        max_queue=args.max_queue,
+        chat_template=args.chat_template,
+        termination_log=termination_log(),
+    )
+    _validate_engine(engine)
+    _validate_serve(config)
+    return config
+
+
+def parse_serve_args(argv: Sequence[str]) -> ServeConfig:
+    """The configuration for the words after `octavo serve`."""
+    parser = Parser(prog="octavo serve")
+    add_serve_arguments(parser)
+    args, unknown = parser.parse_known_args(argv)
+    reject_unknown(unknown, parser)
+    return serve_config(args)
+
+
+def _within(flag: str, value: float | None, low: float, high: float) -> None:
+    # A comparison with NaN is false, so NaN is refused too.
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"--{flag} must be in {low:g}..{high:g}, got {value:g}")
+
+
+def _one_of(flag: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"--{flag} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _validate_engine(config: EngineConfig) -> None:
+    if not config.model:
+        raise ConfigError("MODEL is empty; give the path of a model folder")
+    _one_of("source", config.source, SOURCES)
+    _one_of("device", config.device, DEVICES)
+    _one_of("dtype", config.dtype, DTYPES)
+    _one_of("scheduling-policy", config.scheduling_policy, PolicyFactory.names())
+    _within("block-size", config.block_size, 1, 256)
+    _within("num-kv-blocks", config.num_kv_blocks, 1, 2**31 - 2)
+    _within("gpu-memory-utilization", config.gpu_memory_utilization, 0.01, 1)
+    _within("max-model-len", config.max_model_len, 2, 2**24)
+    _within("max-num-seqs", config.max_num_seqs, 1, 65536)
+    _within("max-num-batched-tokens", config.max_num_batched_tokens, 1, 2**20)
+    _within("seed", config.seed, -(2**63), 2**63 - 1)
+    _within("num-threads", config.num_threads, 1, 1024)
+
+
+def _validate_serve(config: ServeConfig) -> None:
+    _within("port", config.port, 0, 65535)
+    _within("drain-timeout", config.drain_timeout, 0, 86400)
+    _within("startup-stall-timeout", config.startup_stall_timeout, 1, 86400)
+    _within("max-queue", config.max_queue, 1, 2**31 - 1)
+    if not all(config.served_model_names):
+        raise ConfigError("--served-model-name holds an empty name")
+
+
+def termination_log() -> str:
+    """The file whose text Kubernetes shows for an ended container."""
+    return os.environ.get("OCTAVO_TERMINATION_LOG", DEFAULT_TERMINATION_LOG)
+
+
+def limit_threads(num_threads: int) -> None:
+    """Bound the numeric libraries' threads; works only before they are imported.
+
+    Left alone they start one thread for each core of the node, which inside a container with a
+    smaller CPU limit is throttled instead of faster.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(num_threads)
+
+
+def cpu_limit(root: Path = CGROUP_ROOT, membership: Path = PROC_CGROUP) -> int:
+    """CPUs this process may really use: the smaller of affinity and cgroup quota, at least 1."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    return max(1, int(min([cpus, *_quotas(root, membership)])))
+
+
+def _quotas(root: Path, membership: Path) -> list[float]:
+    """Every CPU quota above this process, in CPUs, under cgroup v2 and v1."""
+    quotas = []
+    for folder in _cgroup_folders(root, membership):
+        v2 = _numbers(folder / "cpu.max")
+        v1 = [*_numbers(folder / "cpu.cfs_quota_us"), *_numbers(folder / "cpu.cfs_period_us")]
+        # Without a limit v2 says "max" (no number but the period) and v1 says -1.
+        quotas += [q[0] / q[1] for q in (v2, v1) if len(q) == 2 and q[0] > 0 and q[1] > 0]
+    return quotas
+
+
+def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
+    """The folders of this process's CPU cgroup and of all its ancestors.
+
+    In a container the membership often names a path of the host that is not mounted here; then
+    the mount's top folder is the container's own group.
+    """
+    folders = []
+    for line in _text(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base = root
+        elif "cpu" in controllers.split(","):
+            base = root / "cpu" if (root / "cpu").is_dir() else root / controllers
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        folders += [folder, *(p for p in folder.parents if p.is_relative_to(base))]
+    return folders
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _numbers(path: Path) -> list[float]:
+    words = _text(path).split()
+    return [float(w) for w in words if w.lstrip("-").isdigit()]
+
+
+if sys.platform != "linux":  # pragma: no cover
+    raise ConfigError("octavo runs on Linux only")

@@ -1,0 +1,63 @@
+"""One request's tokens, blocks and limits; its stage follows from comparing two integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from octavo.params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The tokens known so far and how many of them have keys and values in the cache.
+
+    `tokens` is the prompt followed by what was drawn. Tokens are only ever appended, so a preempted
+    sequence replays what it recorded and never draws a token twice. `computed` counts the leading
+    tokens whose keys and values are in `block_table`; it returns to 0 when the blocks are taken.
+    `arrival` is the order of adding; it survives preemption. `max_new_tokens` is resolved: the
+    request's `max_tokens`, bounded by the context.
+    """
+
+    seq_id: int
+    request_id: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    max_new_tokens: int
+    params: SamplingParams
+    arrival: int
+    arrival_time: float = 0.0
+    priority: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    preemptions: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def generated(self) -> list[int]:
+        """The drawn tokens, a copy."""
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens that must still run through the model before the next can be drawn."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """True when only the newest drawn token is uncomputed: one token in, one token out."""
+        return self.pending == 1 and self.num_generated > 0
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.max_new_tokens - self.num_generated
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // block_size)
