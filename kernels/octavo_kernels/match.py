@@ -1,0 +1,77 @@
+"""Match the tensors of a call against named dimensions, so that errors name the argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True, frozen=True)
+class Arg:
+    """What one tensor argument must look like.
+
+    `shape` names the dimensions ("tokens heads dim"); equal names are equal sizes across the
+    call. `dtype` is a torch dtype, or a name that binds to the first tensor carrying it.
+    `rows` allows any stride between rows as long as each row is dense (a column slice of a fused
+    projection); otherwise the tensor must be contiguous.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    shape: str
+    dtype: torch.dtype | str = "T"
+    rows: bool = False
+
+
+def match(op: str, *args: Arg) -> dict[str, int]:
+    """Return the size of every named dimension; raise naming the first argument that differs."""
+    sizes: dict[str, tuple[int, str]] = {}
+    dtypes: dict[str, tuple[torch.dtype, str]] = {}
+    device = args[0].tensor.device
+    for arg in args:
+        where = f"{op}: {arg.name}"
+        _match_shape(where, arg, sizes)
+        _match_dtype(where, arg, dtypes)
+        if arg.tensor.device != device:
+            raise ValueError(
+                f"{where} is on {arg.tensor.device}, but {args[0].name} is on {device}"
+            )
+        dense = _rows_are_dense(arg.tensor) if arg.rows else arg.tensor.is_contiguous()
+        if not dense:
+            kind = "have dense rows" if arg.rows else "be contiguous"
+            raise ValueError(f"{where} must {kind}, got strides {tuple(arg.tensor.stride())}")
+    return {name: size for name, (size, _) in sizes.items()}
+
+
+def _match_shape(where: str, arg: Arg, sizes: dict[str, tuple[int, str]]) -> None:
+    names = arg.shape.split()
+    shape = tuple(arg.tensor.shape)
+    if len(names) != len(shape):
+        raise ValueError(f"{where} must have dimensions [{', '.join(names)}], got shape {shape}")
+    for name, size in zip(names, shape, strict=True):
+        known = sizes.setdefault(name, (size, arg.name))
+        if known[0] != size:
+            raise ValueError(
+                f"{where} has {name}={size} in shape {shape}, but {known[1]} has {name}={known[0]}"
+            )
+
+
+def _match_dtype(where: str, arg: Arg, dtypes: dict[str, tuple[torch.dtype, str]]) -> None:
+    got = arg.tensor.dtype
+    if isinstance(arg.dtype, torch.dtype):
+        if got != arg.dtype:
+            raise TypeError(f"{where} must be {arg.dtype}, got {got}")
+        return
+    known = dtypes.setdefault(arg.dtype, (got, arg.name))
+    if known[0] != got:
+        raise TypeError(f"{where} is {got}, but {known[1]} is {known[0]}")
+
+
+def _rows_are_dense(tensor: torch.Tensor) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return tensor.shape[0] <= 1 or tensor.stride(0) >= expected

@@ -1,0 +1,286 @@
+"""The operations of the engine: check the tensors, choose an implementation, call it.
+
+The implementation follows the device: tensors in host memory go to the compiled module `_core`
+("cpu"), all others to torch ("reference"). Where `_core` was not built, everything is reference
+and one log line says so. `calls` counts what ran, so that a test can tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from octavo_kernels import reference
+from octavo_kernels.match import Arg, match
+
+Implementation = Literal["cpu", "reference"]
+
+logger = logging.getLogger(__name__)
+
+calls: Counter[tuple[str, Implementation]] = Counter()
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_forced: Implementation | None = None
+
+
+def _load_core() -> ModuleType | None:
+    """The compiled module, or None where it was not built. A module that is broken raises."""
+    try:
+        return importlib.import_module("octavo_kernels._core")
+    except ModuleNotFoundError:
+        logger.warning(
+            "octavo_kernels._core is not built: operations run on torch, several times slower. "
+            "Build it with: pip install --no-build-isolation -e ."
+        )
+        return None
+
+
+_core = _load_core()
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """What this installation has."""
+    return ("reference",) if _core is None else ("cpu", "reference")
+
+
+def implementation(device: str | torch.device = "cpu") -> Implementation:
+    """Which implementation tensors on this device are given to."""
+    if _forced is not None:
+        return _forced
+    if _core is not None and torch.device(device).type == "cpu":
+        return "cpu"
+    return "reference"
+
+
+@contextlib.contextmanager
+def forced(name: Implementation) -> Iterator[None]:
+    """Within the block every operation uses the named implementation (tests, measurements)."""
+    global _forced
+    if name not in implementations():
+        raise ValueError(f"implementation {name!r} is not here; built are {implementations()}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention over paged keys and values; see `reference.paged_attention`."""
+    args = (
+        Arg("query", query, "tokens heads dim", rows=True),
+        Arg("key_cache", key_cache, "blocks block_size kv_heads dim"),
+        Arg("value_cache", value_cache, "blocks block_size kv_heads dim"),
+        Arg("block_tables", block_tables, "seqs max_blocks", torch.int32),
+        Arg("query_start", query_start, "seqs+1", torch.int32),
+        Arg("seq_lens", seq_lens, "seqs", torch.int32),
+    )
+    size = match("paged_attention", *args)
+    if size["seqs+1"] != size["seqs"] + 1:
+        raise ValueError(
+            f"paged_attention: query_start has {size['seqs+1']} entries for {size['seqs']} "
+            "sequences; it needs one more than seq_lens"
+        )
+    if size["kv_heads"] == 0 or size["heads"] % size["kv_heads"] != 0:
+        raise ValueError(
+            f"paged_attention: query has {size['heads']} heads, not a multiple of the "
+            f"{size['kv_heads']} heads of key_cache"
+        )
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    native = _native("paged_attention", query)
+    if native is None:
+        reference.paged_attention(
+            query, key_cache, value_cache, block_tables, query_start, seq_lens, scale, out
+        )
+        return out
+    native.paged_attention(
+        dtype=_code("paged_attention", query),
+        query=query.data_ptr(),
+        query_stride=query.stride(0),
+        key_cache=key_cache.data_ptr(),
+        value_cache=value_cache.data_ptr(),
+        block_tables=block_tables.data_ptr(),
+        query_start=query_start.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        out=out.data_ptr(),
+        tokens=size["tokens"],
+        seqs=size["seqs"],
+        max_blocks=size["max_blocks"],
+        blocks=size["blocks"],
+        block_size=size["block_size"],
+        heads=size["heads"],
+        kv_heads=size["kv_heads"],
+        dim=size["dim"],
+        scale=scale,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Store keys and values at their slots, -1 stores nothing; see `reference.write_kv`."""
+    size = match(
+        "write_kv",
+        Arg("key", key, "tokens kv_heads dim", rows=True),
+        Arg("value", value, "tokens kv_heads dim", rows=True),
+        Arg("key_cache", key_cache, "blocks block_size kv_heads dim"),
+        Arg("value_cache", value_cache, "blocks block_size kv_heads dim"),
+        Arg("slots", slots, "tokens", torch.int64),
+    )
+    native = _native("write_kv", key)
+    if native is None:
+        reference.write_kv(key, value, key_cache, value_cache, slots)
+        return
+    native.write_kv(
+        key=key.data_ptr(),
+        key_stride=key.stride(0) * key.element_size(),
+        value=value.data_ptr(),
+        value_stride=value.stride(0) * value.element_size(),
+        key_cache=key_cache.data_ptr(),
+        value_cache=value_cache.data_ptr(),
+        slots=slots.data_ptr(),
+        tokens=size["tokens"],
+        num_slots=size["blocks"] * size["block_size"],
+        row_bytes=size["kv_heads"] * size["dim"] * key.element_size(),
+    )
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Norm of x, or of residual + x, which `residual` then holds; see `reference.rms_norm`."""
+    args = [
+        Arg("x", x, "tokens width"),
+        Arg("weight", weight, "width"),
+    ]
+    if residual is not None:
+        args.append(Arg("residual", residual, "tokens width"))
+    size = match("rms_norm", *args)
+    out = torch.empty_like(x)
+    native = _native("rms_norm", x)
+    if native is None:
+        reference.rms_norm(x, weight, eps, residual, out)
+        return out
+    native.rms_norm(
+        dtype=_code("rms_norm", x),
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        out=out.data_ptr(),
+        tokens=size["tokens"],
+        width=size["width"],
+        eps=eps,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def rope(
+    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> None:
+    """Rotate query and key in place by the table's row of each position; see `reference.rope`."""
+    size = match(
+        "rope",
+        Arg("query", query, "tokens heads dim", rows=True),
+        Arg("key", key, "tokens kv_heads dim", rows=True),
+        Arg("positions", positions, "tokens", torch.int64),
+        Arg("cos_sin", cos_sin, "max_positions dim", torch.float32),
+    )
+    if size["dim"] % 2 != 0:
+        raise ValueError(f"rope: query has an odd head dimension, {size['dim']}")
+    native = _native("rope", query)
+    if native is None:
+        reference.rope(query, key, positions, cos_sin)
+        return
+    for tensor, heads in ((query, size["heads"]), (key, size["kv_heads"])):
+        native.rope(
+            dtype=_code("rope", query),
+            x=tensor.data_ptr(),
+            stride=tensor.stride(0),
+            positions=positions.data_ptr(),
+            cos_sin=cos_sin.data_ptr(),
+            max_positions=size["max_positions"],
+            tokens=size["tokens"],
+            heads=heads,
+            dim=size["dim"],
+            threads=torch.get_num_threads(),
+        )
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(left half) * right half of each row; see `reference.silu_and_mul`."""
+    size = match("silu_and_mul", Arg("x", x, "tokens 2*width"))
+    if size["2*width"] % 2 != 0:
+        raise ValueError(f"silu_and_mul: x has an odd width, {size['2*width']}")
+    out = torch.empty((size["tokens"], size["2*width"] // 2), dtype=x.dtype, device=x.device)
+    native = _native("silu_and_mul", x)
+    if native is None:
+        reference.silu_and_mul(x, out)
+        return out
+    native.silu_and_mul(
+        dtype=_code("silu_and_mul", x),
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        tokens=size["tokens"],
+        width=size["2*width"] // 2,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:
+    """Copy whole blocks in every plane of the cache, in order; see `reference.copy_blocks`."""
+    size = match(
+        "copy_blocks",
+        Arg("cache", cache, "planes blocks block_size kv_heads dim"),
+        Arg("pairs", pairs, "pairs two", torch.int64),
+    )
+    if size["two"] != 2:
+        raise ValueError(f"copy_blocks: pairs must be [pairs, 2], got {tuple(pairs.shape)}")
+    native = _native("copy_blocks", cache)
+    if native is None:
+        reference.copy_blocks(cache, pairs)
+        return
+    native.copy_blocks(
+        cache=cache.data_ptr(),
+        planes=size["planes"],
+        blocks=size["blocks"],
+        block_bytes=cache[0, 0].numel() * cache.element_size() if size["blocks"] else 0,
+        pairs=pairs.data_ptr(),
+        num_pairs=size["pairs"],
+    )
+
+
+def _native(op: str, tensor: torch.Tensor) -> ModuleType | None:
+    """Count the call; the compiled module if it is to run, None for the reference."""
+    chosen = implementation(tensor.device)
+    calls[op, chosen] += 1
+    return _core if chosen == "cpu" else None
+
+
+def _code(op: str, tensor: torch.Tensor) -> int:
+    """The compiled module's number of a floating type (kernels.h `DType`)."""
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{op}: no kernel for {tensor.dtype}; there are {_FLOATS}")
+    return _FLOATS.index(tensor.dtype)

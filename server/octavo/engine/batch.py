@@ -1,0 +1,40 @@
+"""A step plan as the flat arrays that one forward takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from octavo.core.step import StepPlan
+from octavo.models.decoder import Batch
+
+
+def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
+    """All sequences' tokens one after another, with their positions, slots and block tables."""
+    sequences = plan.sequences
+    counts = np.array([len(s.token_ids) for s in sequences], dtype=np.int64)
+    starts = np.array([s.start for s in sequences], dtype=np.int64)
+    ends = counts.cumsum()
+    owner = np.repeat(np.arange(len(sequences)), counts)
+    positions = np.arange(int(counts.sum())) - (ends - counts)[owner] + starts[owner]
+    tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), dtype=np.int32)
+    for row, sequence in enumerate(sequences):
+        tables[row, : len(sequence.block_table)] = sequence.block_table
+    slots = tables[owner, positions // block_size].astype(np.int64) * block_size
+    slots += positions % block_size
+    samples = np.array([s.samples for s in sequences], dtype=bool)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Batch(
+        token_ids=tensor(
+            np.fromiter((t for s in sequences for t in s.token_ids), np.int64, int(counts.sum()))
+        ),
+        positions=tensor(positions),
+        slots=tensor(slots),
+        query_start=tensor(np.concatenate(([0], ends)).astype(np.int32)),
+        seq_lens=tensor((starts + counts).astype(np.int32)),
+        block_tables=tensor(tables),
+        logit_rows=tensor(ends[samples] - 1),
+    )

@@ -1,0 +1,199 @@
+"""Step plan → tokens: owns the device, the weights and the KV cache, and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from octavo import plan as memory_plan
+from octavo.checkpoint import read_checkpoint
+from octavo.core.step import ScheduledSequence, StepPlan
+from octavo.engine import weights
+from octavo.engine.batch import build_batch
+from octavo.engine.memory import available_host_bytes
+from octavo.engine.sampler import Draw, draw_key, sample
+from octavo.errors import ConfigError, DoesNotFitError
+from octavo.models.decoder import Decoder, empty_parameters, parameter_shapes
+from octavo.models.hf_config import read_config, read_eos_token_ids
+from octavo.models.registry import family_of
+from octavo.models.spec import DecoderSpec
+from octavo_kernels import ops
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Report = Callable[[str, float], None]
+
+
+def _silent(_phase: str, _ratio: float) -> None:
+    pass
+
+
+class Runner:
+    """A model on a device. Build it, `allocate_kv`, then `execute` one plan after another.
+
+    `device` and `dtype` may be "auto": the GPU if there is one, and the checkpoint's type on a
+    GPU or float32 on a CPU. `progress(phase, ratio)` is called while starting. `num_threads`
+    bounds the CPU threads of torch and of our kernels for the whole process.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        progress: Report = _silent,
+        num_threads: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        folder = Path(model_path)
+        progress("check", 0.0)
+        config = read_config(folder)
+        family = family_of(config)
+        self.spec: DecoderSpec = family.translate(config)
+        self.eos_token_ids = read_eos_token_ids(folder, config, self.spec.vocab_size)
+        self.device = _device(device)
+        self.dtype_name = _dtype_name(dtype, self.device, self.spec)
+        self.max_model_len = _max_model_len(max_model_len, self.spec)
+        self.block_size = block_size
+        self._seed = seed
+        entries = read_checkpoint(folder)
+        targets = family.targets(self.spec)
+        weights.check_complete(entries, targets, family.ignored)
+        progress("check", 1.0)
+
+        self._require_memory_for_weights()
+        torch_dtype = _DTYPES[self.dtype_name]
+        parameters = empty_parameters(self.spec, dtype=torch_dtype, device=self.device)
+        weights.load(
+            entries,
+            targets,
+            parameters,
+            lambda done, all_: progress("weights", done / max(1, all_)),
+        )
+        self._decoder = Decoder(
+            self.spec, parameters, max_positions=self.max_model_len, device=self.device
+        )
+        self._progress = progress
+        self._kv_cache: torch.Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0..vocab_size-1."""
+        return self.spec.vocab_size
+
+    @property
+    def implementation(self) -> str:
+        """Which kernels run on this device."""
+        return ops.implementation(self.device)
+
+    @property
+    def kv_shape(self) -> memory_plan.KvShape:
+        """What the memory plan needs to know of the model."""
+        spec = self.spec
+        return memory_plan.KvShape(
+            spec.num_layers, spec.num_kv_heads, spec.head_dim, self.dtype_name
+        )
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of one KV block across all layers."""
+        return memory_plan.kv_bytes_per_block(self.kv_shape, self.block_size)
+
+    def free_memory_for_kv(self, gpu_memory_utilization: float) -> int:
+        """Bytes that the KV pool may take, with the weights loaded."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return memory_plan.device_pool_bytes(total, free, gpu_memory_utilization)
+        return memory_plan.host_pool_bytes(available_host_bytes())
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the KV pool. Host memory is taken as blocks are first written."""
+        spec = self.spec
+        self._progress("cache", 0.0)
+        shape = (
+            spec.num_layers, 2, num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim
+        )  # fmt: skip
+        try:
+            self._kv_cache = torch.zeros(shape, dtype=_DTYPES[self.dtype_name], device=self.device)
+        except (RuntimeError, MemoryError) as error:
+            size = num_blocks * self.kv_bytes_per_block / memory_plan.GIB
+            raise DoesNotFitError(
+                f"a KV pool of {num_blocks} blocks ({size:.2f} GiB) cannot be allocated on "
+                f"{self.device}; set --num-kv-blocks lower"
+            ) from error
+        self._progress("cache", 1.0)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> list[int]:
+        """Run one step; one token for each sequence that samples, in the plan's order.
+
+        A token of -1 (`sampler.NO_TOKEN`) says that the sequence's logits were NaN.
+        """
+        if self._kv_cache is None:
+            raise RuntimeError("allocate_kv comes before execute")
+        if plan.copies:
+            ops.copy_blocks(
+                self._kv_cache.flatten(0, 1), torch.tensor(plan.copies, dtype=torch.int64)
+            )
+        if not plan.sequences:
+            return []
+        batch = build_batch(plan, self.block_size, self.device)
+        logits = self._decoder.forward(batch, self._kv_cache)
+        draws = [self._draw(s) for s in plan.sequences if s.samples]
+        return sample(logits, draws, self.eos_token_ids) if draws else []
+
+    def _draw(self, sequence: ScheduledSequence) -> Draw:
+        params, count = sequence.params, sequence.num_generated
+        return Draw(params, draw_key(params, self._seed, sequence.seq_id, count), count)
+
+    def _require_memory_for_weights(self) -> None:
+        needed = _parameter_bytes(self.spec, self.dtype_name)
+        if self.device.type == "cuda":
+            available, _ = torch.cuda.mem_get_info(self.device)
+        else:
+            available = available_host_bytes()
+        if needed > available:
+            raise DoesNotFitError(
+                f"the weights take {needed / memory_plan.GIB:.2f} GiB as {self.dtype_name}, but "
+                f"{self.device} has {available / memory_plan.GIB:.2f} GiB available"
+            )
+
+
+def _parameter_bytes(spec: DecoderSpec, dtype: str) -> int:
+    sizes = (torch.Size(shape).numel() for shape in parameter_shapes(spec).values())
+    return sum(sizes) * memory_plan.DTYPE_BYTES[dtype]
+
+
+def _device(name: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device must be auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not has_gpu:
+        raise ConfigError("--device is cuda, but no CUDA device is visible; use --device cpu")
+    return torch.device(name)
+
+
+def _dtype_name(name: str, device: torch.device, spec: DecoderSpec) -> str:
+    if name == "auto":
+        return "float32" if device.type == "cpu" else spec.checkpoint_dtype
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype must be auto or one of {', '.join(_DTYPES)}, not {name!r}")
+    return name
+
+
+def _max_model_len(wanted: int | None, spec: DecoderSpec) -> int:
+    if wanted is None:
+        return spec.max_positions
+    if not 1 <= wanted <= spec.max_positions:
+        raise ConfigError(
+            f"--max-model-len is {wanted}, but this model's positions allow 1..{spec.max_positions}"
+        )
+    return wanted

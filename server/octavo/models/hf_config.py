@@ -1,0 +1,134 @@
+"""Read config.json and generation_config.json by hand: typed, bounded, errors that name the key."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import ModelError, UnsupportedModelError
+
+MAX_CONFIG_BYTES = 8 << 20
+_REQUIRED = object()
+
+
+@dataclass(slots=True, frozen=True)
+class HfConfig:
+    """A JSON object of a model folder; `where` is the file (and key) it came from."""
+
+    where: str
+    values: dict[str, Any]
+
+    def integer(self, key: str, *, low: int, high: int, default: Any = _REQUIRED) -> int:
+        """An integer in [low, high]; null counts as absent."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(key, f"must be an integer, not {show(value)}")
+        if not low <= value <= high:
+            raise self.wrong(key, f"must be in {low}..{high}, not {show(value)}")
+        return value
+
+    def number(self, key: str, *, above: float, default: Any = _REQUIRED) -> float:
+        """A finite number greater than `above`."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.wrong(key, f"must be a number, not {show(value)}")
+        if abs(value) > 1e300 or not math.isfinite(value) or value <= above:
+            raise self.wrong(key, f"must be a finite number above {above}, not {show(value)}")
+        return float(value)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        """A boolean."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, f"must be true or false, not {show(value)}")
+        return value
+
+    def text(self, key: str, *, default: str) -> str:
+        """A string."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, f"must be a string, not {show(value)}")
+        return value
+
+    def section(self, key: str) -> HfConfig | None:
+        """A nested object, or None when absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(key, f"must be an object, not {show(value)}")
+        return HfConfig(f"{self.where}: {key}", value)
+
+    def wrong(self, key: str, problem: str) -> ModelError:
+        """The error for a value that no model could have."""
+        return ModelError(f"{self.where}: {key} {problem}")
+
+    def unsupported(self, key: str, value: object, supported: str) -> UnsupportedModelError:
+        """The error for a value that some models have and Octavo does not serve."""
+        return UnsupportedModelError(
+            f"{self.where}: {key} is {show(value)}, which is not supported; supported: {supported}"
+        )
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ModelError(f"{self.where}: {key} is missing")
+        return default
+
+
+def show(value: object) -> str:
+    """A value as JSON, cut short: error texts end up in conditions and logs."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_config(folder: Path) -> HfConfig:
+    """The folder's config.json."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder; a model is a folder with config.json in it")
+    config = _read_object(folder / "config.json")
+    if config is None:
+        raise ModelError(f"config.json is missing in {folder}; is this the model's folder?")
+    return config
+
+
+def read_eos_token_ids(folder: Path, config: HfConfig, vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a generation: generation_config.json's, else config.json's, else none."""
+    for source in (_read_object(folder / "generation_config.json"), config):
+        value = None if source is None else source.values.get("eos_token_id")
+        if source is None or value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        for token_id in ids:
+            inside = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not inside or not 0 <= token_id < vocab_size:
+                raise source.wrong(
+                    "eos_token_id",
+                    f"must be an id in 0..{vocab_size - 1} or a list of them, not {show(value)}",
+                )
+        return tuple(dict.fromkeys(ids))
+    return ()
+
+
+def _read_object(path: Path) -> HfConfig | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ModelError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; that is no config")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return HfConfig(str(path), values)

@@ -1,0 +1,87 @@
+"""The memory plan: pure arithmetic over a model's shape, for the engine and for the operator.
+
+Standard library only; the operator may import this module and nothing else of the server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.checkpoint import read_checkpoint
+from octavo.errors import DoesNotFitError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MIB = 1 << 20
+GIB = 1 << 30
+
+# On a CPU the pool shares memory with everything else; more has to be asked for.
+DEFAULT_HOST_POOL_BYTES = GIB
+# What a host keeps back for activations, the allocator and the process itself.
+HOST_RESERVE_BYTES = 256 * MIB
+
+
+@dataclass(slots=True, frozen=True)
+class KvShape:
+    """What decides the size of a token's keys and values."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        """A key and a value in every layer."""
+        elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return elements * DTYPE_BYTES[self.dtype]
+
+
+def kv_bytes_per_block(shape: KvShape, block_size: int) -> int:
+    """Bytes of one block across all layers, keys and values."""
+    return shape.bytes_per_token * block_size
+
+
+def blocks_for_tokens(tokens: int, block_size: int) -> int:
+    """Blocks that hold this many tokens of one sequence."""
+    return -(-tokens // block_size)
+
+
+def num_blocks(available_bytes: int, shape: KvShape, block_size: int, max_model_len: int) -> int:
+    """Blocks that fit; raises when not even one sequence of the longest length would."""
+    per_block = kv_bytes_per_block(shape, block_size)
+    fitting = max(0, available_bytes) // per_block
+    needed = blocks_for_tokens(max_model_len, block_size)
+    if fitting < needed:
+        most = fitting * block_size
+        remedy = f"set --max-model-len to at most {most}" if most else "give the server more memory"
+        raise DoesNotFitError(
+            f"one sequence of {max_model_len} tokens needs {needed} KV blocks "
+            f"({needed * per_block / MIB:.1f} MiB), but {available_bytes / MIB:.1f} MiB hold only "
+            f"{fitting}; {remedy}"
+        )
+    return fitting
+
+
+def weights_bytes(folder: Path, dtype: str | None = None) -> int:
+    """Bytes of the checkpoint's tensors, as stored or once loaded as `dtype`."""
+    total = 0
+    for entry in read_checkpoint(folder).values():
+        if dtype is None:
+            total += entry.num_bytes
+        else:
+            elements = 1
+            for size in entry.shape:
+                elements *= size
+            total += elements * DTYPE_BYTES[dtype]
+    return total
+
+
+def host_pool_bytes(available_bytes: int) -> int:
+    """Bytes of host memory for the KV pool, of what is available after the weights are loaded."""
+    return max(0, min(DEFAULT_HOST_POOL_BYTES, (available_bytes - HOST_RESERVE_BYTES) // 2))
+
+
+def device_pool_bytes(total_bytes: int, free_bytes: int, utilization: float) -> int:
+    """Bytes of device memory for the KV pool: `utilization` of the total, less what is used."""
+    return max(0, int(free_bytes - (1.0 - utilization) * total_bytes))
