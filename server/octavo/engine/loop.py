@@ -1,0 +1,146 @@
+"""The engine's loop: plan, run, commit; one step at a time, whoever drives it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from octavo import wire
+from octavo.core import forecast
+from octavo.core.scheduler import RequestError, Scheduler, SequenceUpdate
+from octavo.core.step import StepPlan
+from octavo.params import ParameterError
+
+
+class StepRunner(Protocol):
+    """Runs plans on a device."""
+
+    def execute(self, plan: StepPlan) -> list[int]:
+        """Run the plan; return a drawn token for each sequence with `samples`, in plan order."""
+        ...
+
+
+class RunnerError(RuntimeError):
+    """The runner broke its contract; the engine cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where time comes from: `monotonic` for durations, `wall` for what others read."""
+
+    monotonic: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+
+class EngineLoop:
+    """Joins a scheduler and a runner.
+
+    A request that cannot be served ends alone, with an error as its only output. An exception of
+    the runner passes through: the cache's content is then unknown, and so the engine is over.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: StepRunner, clock: Clock | None = None
+    ) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._clock = clock or Clock()
+        self._rates = forecast.StepRates()
+        self._outbox: list[wire.TokenOutput] = []
+        self._last_activity = self._clock.wall()
+
+    @property
+    def has_work(self) -> bool:
+        """True while a step would do something."""
+        return self.scheduler.has_work or bool(self._outbox)
+
+    def add(self, request: wire.AddRequest) -> None:
+        """Queue a request, or give it its error."""
+        self._last_activity = self._clock.wall()
+        try:
+            self.scheduler.add(
+                request.request_id,
+                request.prompt_token_ids,
+                request.params,
+                priority=request.priority,
+                now=self._clock.monotonic(),
+            )
+        except (RequestError, ParameterError) as error:
+            output = wire.TokenOutput(request.request_id, [], "error", error=str(error))
+            self._outbox.append(output)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; one that is unknown or already over is ignored."""
+        update = self.scheduler.abort(request_id)
+        if update is not None:
+            self._outbox.append(_output(update))
+
+    def abort_all(self) -> None:
+        """End every request."""
+        for request_id in self.scheduler.request_ids:
+            self.abort(request_id)
+
+    def step(self) -> list[wire.TokenOutput]:
+        """Run one step if there is work; return everything that requests got since the last."""
+        outputs, self._outbox = self._outbox, []
+        if self.scheduler.has_work:
+            outputs += [_output(update) for update in self._run()]
+            self._last_activity = self._clock.wall()
+        return outputs
+
+    def _run(self) -> list[SequenceUpdate]:
+        plan = self.scheduler.plan()
+        begin = self._clock.monotonic()
+        sampled = self._runner.execute(plan)
+        seconds = self._clock.monotonic() - begin
+        expected = sum(share.samples for share in plan.sequences)
+        if len(sampled) != expected:
+            raise RunnerError(f"the step drew {len(sampled)} tokens for {expected} sequences")
+        self._rates.observe(plan, self.scheduler.limits.max_num_batched_tokens, seconds)
+        return self.scheduler.commit(plan, sampled)
+
+    def load(self) -> wire.Load:
+        """The scheduler's state, for whoever routes to this engine or scales it."""
+        scheduler, rates = self.scheduler, self._rates
+        counts, counters = scheduler.pool.counts, scheduler.counters
+        waiting = scheduler.waiting_totals
+        demand = forecast.demand_blocks(
+            scheduler.running,
+            waiting,
+            block_size=scheduler.limits.block_size,
+            mean_output=scheduler.output_lengths.mean,
+            tokens_per_s=rates.decode_tokens_per_s,
+        )
+        return wire.Load(
+            blocks=wire.Blocks(
+                total=counts.total,
+                active=counts.active,
+                shared=counts.shared,
+                cached=counts.cached,
+                free=counts.free,
+            ),
+            block_size=scheduler.limits.block_size,
+            kv_utilization=counts.active / counts.total,
+            demand_blocks=demand,
+            seconds_to_exhaustion=forecast.seconds_to_exhaustion(demand, counts.total),
+            running=scheduler.num_running,
+            waiting=waiting.count,
+            waiting_blocks=waiting.blocks,
+            prefill_backlog_s=forecast.prefill_backlog_s(
+                scheduler.running, waiting, rates.prefill_tokens_per_s
+            ),
+            step_budget_used=rates.budget_used if scheduler.has_work else 0.0,
+            preemptions=counters.preemptions,
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            last_activity=self._last_activity,
+        )
+
+
+def _output(update: SequenceUpdate) -> wire.TokenOutput:
+    return wire.TokenOutput(
+        update.request_id, update.token_ids, update.finish_reason, update.stop_token_id
+    )

@@ -1,0 +1,182 @@
+"""From a configuration to an engine that has drawn a real token: the start, phase by phase."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from octavo import wire
+from octavo.config import EngineConfig
+from octavo.core.block_pool import BlockPool
+from octavo.core.policy import PolicyFactory
+from octavo.core.scheduler import Limits, Scheduler
+from octavo.core.sequence import blocks_for
+from octavo.core.step import StepPlan
+from octavo.engine.loop import EngineLoop, RunnerError
+from octavo.errors import ConfigError, DoesNotFitError
+from octavo.params import SamplingParams
+
+RUNNER = "octavo.engine.runner:Runner"
+TOKEN_BUDGET = {"cpu": 512}
+DEFAULT_TOKEN_BUDGET = 2048
+_MIB = 2**20
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunner(Protocol):
+    """What the engine needs of a loaded model. `kv_bytes_per_block` counts all layers."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    kv_bytes_per_block: int
+    device: str
+    dtype: str
+
+    def free_memory_for_kv(self, utilization: float) -> int:
+        """Bytes that the KV cache may take when `utilization` of the memory is ours."""
+        ...
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the cache; `num_blocks` includes the null block 0."""
+        ...
+
+    def execute(self, plan: StepPlan) -> list[int]:
+        """Run one step."""
+        ...
+
+
+class Reporter:
+    """Sends progress, at most every `interval` seconds within a phase, with an estimate to go."""
+
+    def __init__(
+        self,
+        send: Callable[[wire.ToApi], None],
+        clock: Callable[[], float] = time.monotonic,
+        interval: float = 0.1,
+    ) -> None:
+        self._send = send
+        self._clock = clock
+        self._interval = interval
+        self._phase = ""
+        self._begin = self._last = 0.0
+
+    def __call__(self, phase: str, ratio: float, eta_s: float | None = None) -> None:
+        """Report that `phase` is done to `ratio`."""
+        now = self._clock()
+        if phase != self._phase:
+            self._phase, self._begin = phase, now
+        elif ratio < 1 and now - self._last < self._interval:
+            return
+        self._last = now
+        if eta_s is None and 0 < ratio < 1:
+            eta_s = (now - self._begin) * (1 - ratio) / ratio
+        self._send(wire.Progress(phase, ratio, eta_s))
+
+
+def start(
+    config: EngineConfig, report: Reporter, runner_spec: str = RUNNER
+) -> tuple[EngineLoop, wire.Ready]:
+    """Load the model, make its cache, draw a token; return the loop and what the API must know."""
+    if config.source in ("hub", "modelscope"):
+        raise ConfigError(
+            f"--source {config.source}: downloading models is not supported yet; "
+            "put the model folder into the image or a volume and give its path"
+        )
+    report("import", 0)
+    make_runner = _load_attribute(runner_spec)
+    report("check", 0)
+    runner: ModelRunner = make_runner(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        progress=report,
+    )
+    report("cache", 0)
+    num_blocks = size_pool(config, runner)
+    runner.allocate_kv(num_blocks + 1)
+    report("warmup", 0)
+    limits = _limits(config, runner)
+    warm_up(runner, limits, num_blocks)
+    scheduler = _scheduler(limits, num_blocks, config.scheduling_policy)
+    ready = wire.Ready(
+        max_model_len=scheduler.max_len,
+        vocab_size=runner.vocab_size,
+        block_size=config.block_size,
+        num_kv_blocks=num_blocks,
+        max_num_seqs=scheduler.max_num_seqs,
+        device=str(runner.device),
+        dtype=str(runner.dtype).removeprefix("torch."),
+        kv_bytes_per_block=runner.kv_bytes_per_block,
+    )
+    return EngineLoop(scheduler, runner), ready
+
+
+def _load_attribute(spec: str) -> Callable[..., ModelRunner]:
+    """Import `module:attribute`; late, since this is what brings torch in."""
+    module, _, name = spec.partition(":")
+    attribute: Callable[..., ModelRunner] = getattr(importlib.import_module(module), name)
+    return attribute
+
+
+def size_pool(config: EngineConfig, runner: ModelRunner) -> int:
+    """Usable KV blocks: as many as asked for, else as memory gives and the batch can use."""
+    size = runner.kv_bytes_per_block
+    if config.num_kv_blocks is not None:
+        asked, free = config.num_kv_blocks, runner.free_memory_for_kv(1.0)
+        if (asked + 1) * size > free:
+            raise DoesNotFitError(
+                f"--num-kv-blocks {asked} needs {(asked + 1) * size // _MIB} MiB and "
+                f"{free // _MIB} MiB are free; at most {max(0, free // size - 1)} fit"
+            )
+        return asked
+    free = runner.free_memory_for_kv(config.gpu_memory_utilization)
+    fit = free // size - 1
+    each = blocks_for(runner.max_model_len, config.block_size)
+    if fit < each:
+        raise DoesNotFitError(
+            f"the KV cache of one sequence of {runner.max_model_len} tokens needs "
+            f"{each * size // _MIB} MiB and {max(0, free) // _MIB} MiB are free; set "
+            f"--max-model-len to at most {max(0, fit) * config.block_size}, or give more memory "
+            "(--gpu-memory-utilization, the pod's memory limit)"
+        )
+    return min(fit, each * config.max_num_seqs)
+
+
+def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
+    default = TOKEN_BUDGET.get(str(runner.device).split(":")[0], DEFAULT_TOKEN_BUDGET)
+    return Limits(
+        block_size=config.block_size,
+        max_model_len=runner.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or default,
+        vocab_size=runner.vocab_size,
+        eos_token_ids=frozenset(runner.eos_token_ids),
+    )
+
+
+def _scheduler(limits: Limits, num_blocks: int, policy: str) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks), PolicyFactory.get_policy(policy), limits)
+
+
+def warm_up(runner: ModelRunner, limits: Limits, num_blocks: int) -> None:
+    """Draw two real tokens, one after a prompt and one by decoding, and check them."""
+    loop = EngineLoop(_scheduler(limits, num_blocks, "fcfs"), runner)
+    room = loop.scheduler.max_len - 1
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    loop.add(wire.AddRequest("warm-up", [0] * min(8, room), params))
+    outputs = []
+    while loop.has_work:
+        outputs += loop.step()
+    for output in outputs:
+        if output.error is not None:
+            raise ConfigError(f"no request would fit: {output.error}")
+        if any(not 0 <= token < limits.vocab_size for token in output.token_ids):
+            raise RunnerError(f"the model drew {output.token_ids}, outside its vocabulary")
+    logger.info("first token drawn; %d KV blocks of %d tokens", num_blocks, limits.block_size)

@@ -1,0 +1,88 @@
+"""A runner without a model: the next token is a pure function of the tokens before it.
+
+It keeps its own KV cache (the token written to each slot) and reads the context back through the
+block tables, so that a wrong table, start or slot changes the tokens that come out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+EMPTY = -1
+
+
+def next_token(tokens, vocab_size):
+    """The token that follows `tokens`."""
+    digest = hashlib.blake2b(repr(list(tokens)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest) % vocab_size
+
+
+class FakeRunner:
+    max_model_len = 512
+    vocab_size = 97
+    eos_token_ids = frozenset({3})
+    kv_bytes_per_block = 1024
+    device = "cpu"
+    dtype = "float32"
+
+    def __init__(self, model_path, *, device, dtype, max_model_len, block_size, progress):
+        self.max_model_len = max_model_len or type(self).max_model_len
+        self.block_size = block_size
+        self.slots = []
+        self.steps = 0
+        progress("weights", 0.5)
+        progress("weights", 1.0)
+
+    def free_memory_for_kv(self, utilization):
+        return int(2**20 * utilization)
+
+    def allocate_kv(self, num_blocks):
+        self.slots = [EMPTY] * (num_blocks * self.block_size)
+
+    def execute(self, plan):
+        self.steps += 1
+        drawn = []
+        for share in plan.sequences:
+            stop = share.start + len(share.token_ids)
+            slots = [self._slot(share.block_table, position) for position in range(stop)]
+            for slot, token in zip(slots[share.start :], share.token_ids, strict=True):
+                self.slots[slot] = token
+            if share.samples:
+                drawn.append(next_token([self.slots[slot] for slot in slots], self.vocab_size))
+        return drawn
+
+    def _slot(self, block_table, position):
+        block = block_table[position // self.block_size]
+        assert block != 0, "the null block is not for tokens"
+        return block * self.block_size + position % self.block_size
+
+
+class SlowRunner(FakeRunner):
+    """A step takes 20 ms."""
+
+    def execute(self, plan):
+        time.sleep(0.02)
+        return super().execute(plan)
+
+
+class BrokenRunner(FakeRunner):
+    """Dies at its tenth step."""
+
+    def execute(self, plan):
+        if self.steps == 9:
+            raise RuntimeError("device fell off the bus")
+        return super().execute(plan)
+
+
+def refusing(message_class="ModelError"):
+    def make(model_path, **_):
+        from octavo import errors
+
+        raise getattr(errors, message_class)(f"{model_path}/config.json: not a model")
+
+    return make
+
+
+invalid_model = refusing("ModelError")
+retryable_failure = refusing("OctavoError")
