@@ -21,12 +21,12 @@ def next_token(tokens, vocab_size):
 class FakeRunner:
     max_model_len = 512
     vocab_size = 97
-    eos_token_ids = frozenset({3})
+    eos_token_ids = (3,)
     kv_bytes_per_block = 1024
     device = "cpu"
-    dtype = "float32"
+    dtype_name = "float32"
 
-    def __init__(self, model_path, *, device, dtype, max_model_len, block_size, progress):
+    def __init__(self, model_path, *, device, dtype, max_model_len, block_size, progress, **_):
         self.max_model_len = max_model_len or type(self).max_model_len
         self.block_size = block_size
         self.slots = []
@@ -34,8 +34,8 @@ class FakeRunner:
         progress("weights", 0.5)
         progress("weights", 1.0)
 
-    def free_memory_for_kv(self, utilization):
-        return int(2**20 * utilization)
+    def free_memory_for_kv(self, gpu_memory_utilization):
+        return int(2**20 * gpu_memory_utilization)
 
     def allocate_kv(self, num_blocks):
         self.slots = [EMPTY] * (num_blocks * self.block_size)

@@ -21,7 +21,7 @@ from octavo.core.block_pool import BlockPool
 from octavo.core.forecast import OutputLengths, expected_growth
 from octavo.core.policy import SchedulingPolicy
 from octavo.core.sequence import Sequence, blocks_for
-from octavo.core.step import ScheduledSequence, StepPlan
+from octavo.core.step import NO_TOKEN, ScheduledSequence, StepPlan
 from octavo.core.waiting import WaitingQueue, WaitingTotals
 from octavo.params import SamplingParams
 
@@ -53,6 +53,7 @@ class SequenceUpdate:
     token_ids: list[int]
     finish_reason: str | None = None
     stop_token_id: int | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -244,6 +245,10 @@ class Scheduler:
     def _draw(self, sequence: Sequence, token: int) -> SequenceUpdate:
         """Take in a drawn token: record it, and end the sequence if it is the last."""
         generated = sequence.num_generated
+        if token == NO_TOKEN:
+            self._drop(sequence)
+            error = f"the model's output became NaN after {len(sequence.tokens)} tokens"
+            return SequenceUpdate(sequence.request_id, [], "error", error=error)
         self.counters.generation_tokens += 1
         if generated == 0:
             self.counters.prompt_tokens += sequence.num_prompt_tokens

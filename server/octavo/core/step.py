@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from octavo.params import SamplingParams
 
+# What a runner returns in place of a token when the logits were not numbers.
+NO_TOKEN = -1
+
 
 @dataclass(slots=True, frozen=True)
 class ScheduledSequence:

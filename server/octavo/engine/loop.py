@@ -142,5 +142,9 @@ class EngineLoop:
 
 def _output(update: SequenceUpdate) -> wire.TokenOutput:
     return wire.TokenOutput(
-        update.request_id, update.token_ids, update.finish_reason, update.stop_token_id
+        request_id=update.request_id,
+        token_ids=update.token_ids,
+        finish_reason=update.finish_reason,
+        stop_token_id=update.stop_token_id,
+        error=update.error,
     )

@@ -32,13 +32,13 @@ class ModelRunner(Protocol):
 
     max_model_len: int
     vocab_size: int
-    eos_token_ids: frozenset[int]
+    eos_token_ids: tuple[int, ...]
     kv_bytes_per_block: int
-    device: str
-    dtype: str
+    device: object
+    dtype_name: str
 
-    def free_memory_for_kv(self, utilization: float) -> int:
-        """Bytes that the KV cache may take when `utilization` of the memory is ours."""
+    def free_memory_for_kv(self, gpu_memory_utilization: float) -> int:
+        """Bytes that the KV cache may take when that share of the device's memory is ours."""
         ...
 
     def allocate_kv(self, num_blocks: int) -> None:
@@ -97,6 +97,8 @@ def start(
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         progress=report,
+        num_threads=config.num_threads,
+        seed=config.seed,
     )
     report("cache", 0)
     num_blocks = size_pool(config, runner)
@@ -112,7 +114,7 @@ def start(
         num_kv_blocks=num_blocks,
         max_num_seqs=scheduler.max_num_seqs,
         device=str(runner.device),
-        dtype=str(runner.dtype).removeprefix("torch."),
+        dtype=runner.dtype_name,
         kv_bytes_per_block=runner.kv_bytes_per_block,
     )
     return EngineLoop(scheduler, runner), ready
