@@ -1,1 +1,1 @@
-"""The process that owns the sockets: OpenAI routes, probes, streams."""
+"""The API process: HTTP in front, the engine process behind, no torch anywhere."""

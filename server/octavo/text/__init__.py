@@ -1,1 +1,1 @@
-"""Text in and out: tokenizer, chat template, incremental detokenizing."""
+"""Between text and token ids: tokenizer, chat template, incremental detokenizer, stop strings."""

@@ -1,0 +1,303 @@
+"""Request bodies: decoding, types, what is not supported yet, and the engine's parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from octavo.api.errors import ApiError
+from octavo.api.limits import MAX_JSON_DEPTH, MAX_MESSAGES, MAX_PROMPTS
+from octavo.params import SamplingParams
+from octavo.text.template import Message
+
+# Each field with the values that ask for nothing; any other value is refused by name.
+_UNSUPPORTED_BOTH: Mapping[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "length_penalty": (1, 1.0),
+    "min_p": (0, 0.0),
+    "logit_bias": ({},),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "prompt_logprobs": (),
+    "echo": (False,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "truncate_prompt_tokens": (),
+    "return_token_ids": (False,),
+    "priority": (0,),
+}
+_UNSUPPORTED_CHAT: Mapping[str, tuple[object, ...]] = {
+    **_UNSUPPORTED_BOTH,
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "documents": ([],),
+    "chat_template": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+}
+_UNSUPPORTED_COMPLETION: Mapping[str, tuple[object, ...]] = {
+    **_UNSUPPORTED_BOTH,
+    "logprobs": (),
+    "suffix": ("",),
+    "prompt_embeds": (),
+}
+# Names that a template gets from the server itself.
+_TEMPLATE_RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """`stream_options` of a streaming request."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SamplingBody(msgspec.Struct, kw_only=True):
+    """The fields that chat and completion requests share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """The client's bound on the output, if any."""
+        return self.max_tokens
+
+    def sampling_params(self, max_tokens: int, vocab_size: int) -> SamplingParams:
+        """The engine's parameters; raises `ParameterError` when one is out of range."""
+        given = {
+            name: value
+            for name in ("min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.top_k is not None:  # 0 is vLLM's other way to say "off"
+            given["top_k"] = -1 if self.top_k == 0 else min(self.top_k, vocab_size)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        ids = tuple(self.stop_token_ids or ())
+        params = SamplingParams(max_tokens=max_tokens, stop=stop, stop_token_ids=ids, **given)
+        params.validate(vocab_size)
+        return params
+
+
+class ContentPart(msgspec.Struct):
+    """One part of a message whose content is a list."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct):
+    """One message of a conversation."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class ChatBody(SamplingBody, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """`max_completion_tokens` replaced `max_tokens`, which is still in use."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def conversation(self) -> list[Message]:
+        """The messages as the template takes them: text only."""
+        if not 1 <= len(self.messages) <= MAX_MESSAGES:
+            raise ApiError(
+                400,
+                f"messages must hold 1..{MAX_MESSAGES} messages, got {len(self.messages)}",
+                param="messages",
+            )
+        return [_message(m, f"messages[{i}]") for i, m in enumerate(self.messages)]
+
+    def template_values(self) -> dict[str, Any]:
+        """Plain extra values for the template (`enable_thinking` and the like)."""
+        values = self.chat_template_kwargs or {}
+        for key, value in values.items():
+            plain = value is None or isinstance(value, str | int | float)
+            if not key.isidentifier() or key in _TEMPLATE_RESERVED or not plain:
+                raise ApiError(
+                    400,
+                    f"chat_template_kwargs.{key[:64]}: only plain values are allowed, under "
+                    "names that the server does not use itself",
+                    param="chat_template_kwargs",
+                )
+        return values
+
+
+class CompletionBody(SamplingBody, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: Any
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts: a text, token ids, or a list of either."""
+        prompt = self.prompt
+        single = isinstance(prompt, str) or (_is_ids(prompt) and len(prompt) > 0)
+        prompts = [prompt] if single else prompt
+        if not isinstance(prompts, list) or not all(
+            isinstance(p, str) or _is_ids(p) for p in prompts
+        ):
+            raise ApiError(
+                400,
+                "prompt must be a text, a list of texts, a list of token ids or a list of these",
+                param="prompt",
+            )
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise ApiError(
+                400,
+                f"prompt must hold 1..{MAX_PROMPTS} prompts, got {len(prompts)}",
+                param="prompt",
+            )
+        return prompts
+
+
+Body = TypeVar("Body", ChatBody, CompletionBody)
+
+
+def decode_chat(raw: bytes) -> ChatBody:
+    """Read a chat request or raise a 400 that names the field."""
+    return _decode(raw, ChatBody, _UNSUPPORTED_CHAT)
+
+
+def decode_completion(raw: bytes) -> CompletionBody:
+    """Read a completion request or raise a 400 that names the field."""
+    return _decode(raw, CompletionBody, _UNSUPPORTED_COMPLETION)
+
+
+def _decode(raw: bytes, body: type[Body], unsupported: Mapping[str, tuple[object, ...]]) -> Body:
+    fields = _json_object(raw)
+    for name, neutral in unsupported.items():
+        value = fields.get(name)
+        if value is not None and not any(type(value) is type(v) and value == v for v in neutral):
+            raise ApiError(400, f"{name} is not supported yet; leave it out", param=name)
+    try:
+        decoded = msgspec.convert(fields, body)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(error) from error
+    if decoded.stream_options is not None and not decoded.stream:
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    return decoded
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(raw)
+    except RecursionError:
+        raise _too_deep() from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    _check_depth(value)
+    return value
+
+
+def _check_depth(value: object) -> None:
+    """Level by level, so that the check itself cannot recurse."""
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> ApiError:
+    return ApiError(400, f"the body is nested more than {MAX_JSON_DEPTH} levels deep")
+
+
+def _wrong_type(error: msgspec.ValidationError) -> ApiError:
+    """Turn "Expected `int`, got `str` - at `$.seed`" into a sentence and a param."""
+    text = str(error)
+    what, _, where = text.partition(" - at ")
+    path = where.strip("`").removeprefix("$").removeprefix(".")
+    missing = re.fullmatch(r"Object missing required field `(\w+)`", what)
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+        return ApiError(400, f"{path} is required", param=path)
+    what = what.replace("`", "")
+    return ApiError(400, f"{path or 'body'}: {what[:1].lower()}{what[1:]}", param=path or None)
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(i) is int for i in value)
+
+
+def _message(message: ChatMessage, where: str) -> Message:
+    if message.role in ("tool", "function") or message.tool_calls:
+        raise ApiError(400, f"{where}: tool calls are not supported yet", param=where)
+    if message.role not in _ROLES:
+        raise ApiError(
+            400, f"{where}.role must be one of {', '.join(_ROLES)}", param=f"{where}.role"
+        )
+    plain = {"role": _ROLES[message.role], "content": _content(message.content, f"{where}.content")}
+    if message.name is not None:
+        # Free text here could complete a control token that the template has begun.
+        if not _NAME.fullmatch(message.name):
+            raise ApiError(
+                400, f"{where}.name has 1..64 letters, digits, _ or -", param=f"{where}.name"
+            )
+        plain["name"] = message.name
+    return plain
+
+
+def _content(content: str | list[ContentPart] | None, where: str) -> str:
+    if content is None:
+        raise ApiError(400, f"{where} is required", param=where)
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type != "text" or part.text is None:
+            raise ApiError(
+                400,
+                f"{where}: only parts of type text are supported, got {part.type[:32]!r}",
+                param=where,
+            )
+    return "\n".join(part.text or "" for part in content)

@@ -1,0 +1,302 @@
+"""`octavo serve`: the API process from its first socket to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from octavo.api.engine_client import EngineClient
+from octavo.api.engine_process import ENGINE_COMMAND, EngineProcess
+from octavo.api.lifecycle import State
+from octavo.api.limits import KEEP_ALIVE_S, MAX_HEADER_BYTES
+from octavo.api.routes import build_app
+from octavo.api.serving import Serving
+from octavo.config import ServeConfig
+from octavo.errors import ConfigError, ExitCode, OctavoError
+from octavo.text.loader import load_text_side
+from octavo.wire import Failed, Load, Outputs, Progress, Ready
+
+log = logging.getLogger("octavo.api")
+
+# 128 + SIGTERM: the drain was cut short and requests ended with errors.
+EXIT_CUT_SHORT = 143
+POLL_S = 0.02
+STALL_POLL_S = 0.25
+# After the engine's end its last messages may still be on the way.
+LAST_WORDS_S = 0.3
+ENGINE_STOP_S = 5.0
+LAST_RESPONSES_S = 5.0
+# A unix socket's path has at most 107 bytes.
+MAX_FOLDER_CHARS = 80
+
+
+def serve(config: ServeConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
+    """Serve until told to stop or until the engine is lost; return the process's exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    listener = _listen(config.host, config.port)
+    with contextlib.closing(listener), _socket_folder() as folder:
+        return asyncio.run(_Supervisor(config, folder, engine_command, listener).run())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _socket_folder() -> Iterator[Path]:
+    """A private folder with a path short enough for unix sockets."""
+    folder = tempfile.mkdtemp(prefix="octavo-")
+    if len(folder) > MAX_FOLDER_CHARS:
+        shutil.rmtree(folder)
+        folder = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the supervisor decides when the server ends."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Supervisor:
+    """Runs the HTTP server beside the engine process and decides how it all ends."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        folder: Path,
+        engine_command: Sequence[str],
+        listener: socket.socket,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._engine_command = engine_command
+        self._listener = listener
+        self._client = EngineClient(folder)
+        self._serving = Serving(config, self._client)
+        self._life = self._serving.lifecycle
+        self._http = _HttpServer(
+            uvicorn.Config(
+                build_app(self._serving),
+                http="h11",
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(LAST_RESPONSES_S),
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            )
+        )
+        self._process: EngineProcess | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._hurry = False
+
+    async def run(self) -> int:
+        """Run to the end; the exit code."""
+        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._catch_signals()
+        http = asyncio.ensure_future(self._http.serve(sockets=[self._listener]))
+        host, port = self._listener.getsockname()[:2]
+        log.info("listening on http://%s:%d", host, port)
+        self._spawn(self._read_engine())
+        self._spawn(self._start())
+        try:
+            return await self._exit
+        finally:
+            await self._close(http)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` beside the rest; its failure is a bug that ends the server."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a background task failed", exc_info=error)
+            self._give_up(ExitCode.FAILED, f"bug in the API process: {error!r}")
+
+    # The start
+
+    async def _start(self) -> None:
+        if self._config.source not in ("auto", "path"):
+            error = ConfigError(
+                f"--source {self._config.source} is not supported yet; "
+                "put the model into a folder and give its path"
+            )
+            self._fail(Failed(error.reason, str(error), retryable=False))
+            return
+        self._process = await EngineProcess.start(
+            self._engine_command, self._folder, self._config.engine.to_json()
+        )
+        self._spawn(self._watch_process(self._process))
+        self._spawn(self._watch_start())
+        await self._load_text()
+
+    async def _load_text(self) -> None:
+        config = self._config
+        try:
+            self._serving.text = await asyncio.to_thread(
+                load_text_side, config.engine.model, config.chat_template
+            )
+        except OctavoError as error:
+            self._fail(Failed(error.reason, str(error), error.retryable))
+            if self._process is not None:
+                await self._process.end(patience=0)
+        else:
+            self._life.on_text_ready()
+            self._log_if_ready()
+
+    async def _watch_start(self) -> None:
+        limit = self._config.startup_stall_timeout
+        while self._life.state is State.STARTING:
+            if self._life.start_stalled_for() > limit:
+                progress = self._life.progress
+                self._give_up(
+                    ExitCode.STALLED,
+                    f"the start made no progress for {limit:g} s in phase {progress.phase} "
+                    f"({progress.ratio:.0%}); raise --startup-stall-timeout if the storage is slow",
+                )
+                return
+            await asyncio.sleep(min(STALL_POLL_S, limit / 4))
+
+    def _log_if_ready(self) -> None:
+        engine = self._life.engine
+        if self._life.state is State.READY and engine is not None:
+            log.info(
+                "ready: %s on %s (%s), %d KV blocks of %d tokens, context %d tokens",
+                self._config.served_model_names[0],
+                engine.device,
+                engine.dtype,
+                engine.num_kv_blocks,
+                engine.block_size,
+                engine.max_model_len,
+            )
+
+    # The engine's messages and its end
+
+    async def _read_engine(self) -> None:
+        async for message in self._client.messages():
+            match message:
+                case Outputs():
+                    self._life.on_output()
+                    self._life.on_in_flight(self._client.in_flight)
+                case Load():
+                    self._life.on_load(message)
+                case Progress():
+                    self._life.on_progress(message)
+                case Ready():
+                    self._life.on_ready(message)
+                    self._log_if_ready()
+                case Failed():
+                    self._fail(message)
+
+    async def _watch_process(self, process: EngineProcess) -> None:
+        how = await process.wait()
+        await asyncio.sleep(LAST_WORDS_S)
+        if self._life.failure is None and not self._exit.done():
+            self._give_up(ExitCode.FAILED, how)
+
+    def _fail(self, failure: Failed) -> None:
+        """A failure told by the engine or found in the model."""
+        if failure.retryable:
+            self._give_up(ExitCode.FAILED, failure.message, failure)
+            return
+        # Starting again would not help, so the server stays up to say why.
+        log.error("cannot serve: %s: %s", failure.reason, failure.message)
+        self._life.on_failed(failure)
+        self._client.fail_all(failure.message)
+
+    def _give_up(self, code: int, message: str, failure: Failed | None = None) -> None:
+        """End the server: every request gets its error, Kubernetes gets the message."""
+        if self._exit.done():
+            return
+        log.error("giving up: %s", message)
+        self._life.on_failed(failure or Failed("EngineFailed", message, retryable=True))
+        self._client.fail_all(message)
+        _write_termination_message(self._config.termination_log, message)
+        self._exit.set_result(code)
+
+    # The end
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._life.state is State.DRAINING or self._hurry:
+            log.warning("second signal: ending unfinished requests")
+            self._hurry = True
+            return
+        log.info("draining: %d unfinished requests", self._serving.admission.unfinished)
+        self._life.on_drain()
+        self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._config.drain_timeout
+        admission = self._serving.admission
+        while (
+            admission.unfinished and clock() < deadline and not self._hurry and not self._life.hung
+        ):
+            await asyncio.sleep(POLL_S)
+        cut = admission.unfinished
+        if cut:
+            log.warning("drain ended with %d unfinished requests", cut)
+            self._client.fail_all("the server is shutting down")
+        if not self._exit.done():
+            self._exit.set_result(EXIT_CUT_SHORT if cut else ExitCode.OK)
+
+    async def _close(self, http: asyncio.Future[None]) -> None:
+        """Let the last answers out, then end the engine and the HTTP server."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + LAST_RESPONSES_S
+        while self._serving.admission.unfinished and clock() < deadline:
+            await asyncio.sleep(POLL_S)
+        self._client.stop()
+        if self._process is not None:
+            healthy = self._life.state is State.DRAINING and not self._life.hung
+            await self._process.end(ENGINE_STOP_S if healthy and self._life.engine else 0)
+        self._http.should_exit = True
+        await asyncio.gather(http, return_exceptions=True)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._serving.close()
+        self._client.close()
+
+
+def _write_termination_message(path: str, message: str) -> None:
+    """Put the message where Kubernetes shows it; outside a pod there is no such place."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(message)
+    except OSError as error:
+        log.debug("no termination message at %s: %s", path, error)

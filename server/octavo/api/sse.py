@@ -1,0 +1,165 @@
+"""What clients read: chunks of a stream, and whole answers, in OpenAI's shapes.
+
+A chunk's JSON is constant but for index, text and finish reason, so its head is encoded once for
+each stream and only the text is escaped for each chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from octavo.api.generation import Delta, Usage
+
+DONE = b"data: [DONE]\n\n"
+_json = msgspec.json.Encoder().encode
+
+
+def error_event(body: bytes) -> bytes:
+    """An error after the stream began; clients raise when they see it."""
+    return b"data: " + body + b"\n\n"
+
+
+class Answer:
+    """The accumulated output of one choice."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Append a delta."""
+        self.text += delta.text
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+
+
+class Form(Protocol):
+    """One endpoint's way of writing chunks and whole answers."""
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
+        """The events for one delta."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The extra event with the usage and no choices."""
+        ...
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:
+        """The body of a response that is not streamed."""
+        ...
+
+
+class _Form:
+    """What both endpoints share."""
+
+    chunk_object: str
+    whole_object: str
+
+    def __init__(self, response_id: str, model: str, *, usage_null: bool) -> None:
+        self._common = {"id": response_id, "created": int(time.time()), "model": model}
+        head = _json({"object": self.chunk_object, **self._common})
+        self._head = b"data: " + head[:-1] + b',"choices":['
+        self._usage_null = b',"usage":null' if usage_null else b""
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The extra event with the usage and no choices."""
+        return self._head + b"]" + self._usage(usage) + b"}\n\n"
+
+    def _event(self, choice: bytes, usage: Usage | None) -> bytes:
+        return self._head + choice + b"]" + self._usage(usage) + b"}\n\n"
+
+    def _usage(self, usage: Usage | None) -> bytes:
+        return self._usage_null if usage is None else b',"usage":' + _json(usage.as_json())
+
+    @staticmethod
+    def _ending(delta: Delta) -> bytes:
+        if delta.finish_reason is None:
+            return b',"finish_reason":null}'
+        return (
+            b',"finish_reason":'
+            + _json(delta.finish_reason)
+            + b',"stop_reason":'
+            + _json(delta.stop_reason)
+            + b"}"
+        )
+
+    def _body(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+        return _json(
+            {
+                **self._common,
+                "object": self.whole_object,
+                "choices": choices,
+                "usage": usage.as_json(),
+            }
+        )
+
+
+class ChatForm(_Form):
+    """chat.completion and its chunks; the first chunk of a choice carries the role."""
+
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+
+    def __init__(self, response_id: str, model: str, *, usage_null: bool = False) -> None:
+        super().__init__(response_id, model, usage_null=usage_null)
+        self._begun: set[int] = set()
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
+        """The events for one delta."""
+        index = b'{"index":%d' % delta.index
+        role = b""
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            opening = b',"delta":{"role":"assistant","content":""},"logprobs":null'
+            role = self._event(index + opening + b',"finish_reason":null}', usage)
+        content = b'{"content":' + _json(delta.text) + b"}" if delta.text else b"{}"
+        choice = index + b',"delta":' + content + b',"logprobs":null' + self._ending(delta)
+        return role + self._event(choice, usage)
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:
+        """The body of a response that is not streamed."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text},
+                "logprobs": None,
+                "finish_reason": answer.finish_reason,
+                "stop_reason": answer.stop_reason,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return self._body(choices, usage)
+
+
+class CompletionForm(_Form):
+    """text_completion, whose chunks have the same shape."""
+
+    chunk_object = "text_completion"
+    whole_object = "text_completion"
+
+    def __init__(self, response_id: str, model: str, *, usage_null: bool = False) -> None:
+        super().__init__(response_id, model, usage_null=usage_null)
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
+        """The event for one delta."""
+        choice = b'{"index":%d,"text":' % delta.index + _json(delta.text) + b',"logprobs":null'
+        return self._event(choice + self._ending(delta), usage)
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:
+        """The body of a response that is not streamed."""
+        choices = [
+            {
+                "index": index,
+                "text": answer.text,
+                "logprobs": None,
+                "finish_reason": answer.finish_reason,
+                "stop_reason": answer.stop_reason,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return self._body(choices, usage)

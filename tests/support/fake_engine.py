@@ -1,0 +1,185 @@
+"""An engine process without a model: it speaks the wire protocol and repeats each prompt.
+
+Output token n of a request is prompt token n modulo the prompt's length, so a test knows every
+answer. Faults are injected by flags; every message received goes to a journal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+
+from octavo import wire
+
+EOS = 1
+
+
+@dataclass
+class Running:
+    """One request."""
+
+    request: wire.AddRequest
+    output: list[int] = field(default_factory=list)
+
+
+class FakeEngine:
+    """Steps through its requests, one token each."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        context = zmq.Context()
+        self.requests = context.socket(zmq.PULL)
+        self.requests.connect(f"ipc://{args.socket_dir}/requests.sock")
+        self.events = context.socket(zmq.PUSH)
+        self.events.setsockopt(zmq.LINGER, 1000)
+        self.events.connect(f"ipc://{args.socket_dir}/events.sock")
+        self.running: dict[str, Running] = {}
+        self.steps = self.generated = self.prompted = 0
+        self.load_at = 0.0
+
+    def send(self, message: wire.ToApi) -> None:
+        self.events.send(wire.encoder.encode(message))
+
+    def start(self) -> None:
+        args = self.args
+        self.send(wire.Progress("weights", 0.25, 1.0))
+        if args.fail_start:
+            reason, retryable = args.fail_start.split(":")
+            self.send(wire.Failed(reason, "model.safetensors: truncated", retryable == "retryable"))
+            time.sleep(0.2)
+            sys.exit(70 if retryable == "retryable" else 78)
+        if args.stall_start:
+            time.sleep(3600)
+        time.sleep(args.start_s)
+        self.send(
+            wire.Ready(
+                max_model_len=args.context,
+                vocab_size=args.vocab,
+                block_size=16,
+                num_kv_blocks=64,
+                max_num_seqs=args.max_num_seqs,
+                device="cpu",
+                dtype="float32",
+                kv_bytes_per_block=1024,
+            )
+        )
+
+    def run(self) -> None:
+        while True:
+            wait_ms = self.args.step_ms if self.running else 50
+            deadline = time.monotonic() + wait_ms / 1000
+            while self.requests.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+                message = wire.to_engine_decoder.decode(self.requests.recv())
+                self.note(message)
+                if isinstance(message, wire.Stop):
+                    return
+                if isinstance(message, wire.AbortRequest):
+                    self.running.pop(message.request_id, None)
+                else:
+                    self.running[message.request_id] = Running(message)
+                    self.prompted += len(message.prompt_token_ids)
+            self.step()
+            self.report()
+
+    def note(self, message: wire.ToEngine) -> None:
+        if self.args.journal:
+            line = {"kind": type(message).__name__, "id": getattr(message, "request_id", None)}
+            with open(self.args.journal, "a") as journal:
+                journal.write(json.dumps(line) + "\n")
+
+    def step(self) -> None:
+        outputs = []
+        batch = list(self.running.values())[: self.args.max_num_seqs]
+        for running in batch:
+            outputs.append(self.next_token(running))
+        if not outputs:
+            return
+        self.steps += 1
+        self.generated += len(outputs)
+        self.send(wire.Outputs(outputs))
+        args = self.args
+        if args.die_after and self.generated >= args.die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if args.hang_after and self.generated >= args.hang_after:
+            time.sleep(3600)
+
+    def next_token(self, running: Running) -> wire.TokenOutput:
+        request, params = running.request, running.request.params
+        prompt, n = request.prompt_token_ids, len(running.output)
+        token = prompt[n % len(prompt)]
+        request_id = request.request_id
+        if token == self.args.error_token:
+            del self.running[request_id]
+            return wire.TokenOutput(request_id, [], "error", error="a fault was injected")
+        stops = (token == EOS and not params.ignore_eos) or token in params.stop_token_ids
+        if stops and n >= params.min_tokens:
+            del self.running[request_id]
+            return wire.TokenOutput(request_id, [], "stop", stop_token_id=token)
+        running.output.append(token)
+        reason = "length" if n + 1 == params.max_tokens else None
+        if reason:
+            del self.running[request_id]
+        return wire.TokenOutput(request_id, [token], reason, num_cached_tokens=0)
+
+    def report(self) -> None:
+        now = time.monotonic()
+        if now - self.load_at < 0.05:
+            return
+        self.load_at = now
+        running = min(len(self.running), self.args.max_num_seqs)
+        self.send(
+            wire.Load(
+                blocks=wire.Blocks(64, running, 0, 0, 64 - running),
+                block_size=16,
+                kv_utilization=running / 64,
+                demand_blocks={"now": running, "10s": running, "30s": running, "60s": running},
+                seconds_to_exhaustion=None,
+                running=running,
+                waiting=len(self.running) - running,
+                waiting_blocks=0,
+                prefill_backlog_s=0.0,
+                step_budget_used=0.0,
+                preemptions=3,
+                steps=self.steps,
+                prompt_tokens=self.prompted,
+                generation_tokens=self.generated,
+                last_activity=time.time(),
+            )
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket-dir", required=True)
+    parser.add_argument("--config-json", required=True)
+    parser.add_argument("--journal", type=Path)
+    parser.add_argument("--pid-file", type=Path)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--max-num-seqs", type=int, default=8)
+    parser.add_argument("--step-ms", type=float, default=1)
+    parser.add_argument("--start-s", type=float, default=0)
+    parser.add_argument("--fail-start", help="REASON:retryable or REASON:permanent")
+    parser.add_argument("--stall-start", action="store_true")
+    parser.add_argument("--die-after", type=int, help="SIGKILL after so many tokens")
+    parser.add_argument("--hang-after", type=int, help="sleep for good after so many tokens")
+    parser.add_argument("--error-token", type=int, help="a request that reaches it fails")
+    args = parser.parse_args()
+    if args.pid_file:
+        args.pid_file.write_text(str(os.getpid()))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    engine = FakeEngine(args)
+    engine.start()
+    engine.run()
+
+
+if __name__ == "__main__":
+    main()
