@@ -102,10 +102,34 @@ def _with_system(rng: random.Random, messages: list[tasks.Message]) -> list[task
 
 def short_conversation(rng: random.Random) -> list[tasks.Message]:
     """One question of any family; sums, the hardest, most often."""
+    if rng.random() < 0.03:
+        return _with_system(rng, _without_split(rng).conversation())
     (family,) = rng.choices(list(SHORT_WEIGHTS), list(SHORT_WEIGHTS.values()))
     if family == "count":
-        return _with_system(rng, short_count(rng).conversation())
-    return _with_system(rng, tasks.sample(rng, family, "train").conversation())
+        messages = short_count(rng).conversation()
+    else:
+        messages = tasks.sample(rng, family, "train").conversation()
+    if family != "repeat" and rng.random() < 0.15:
+        messages = [_casual(rng, message) for message in messages]
+    return _with_system(rng, messages)
+
+
+def _without_split(rng: random.Random) -> tasks.Task:
+    if rng.random() < 0.5:
+        return tasks.small_talk_task(rng.choice(list(tasks.SMALL_TALK)))
+    return tasks.unknown_fact_task(rng.choice(list(tasks.FACTS)), rng.randrange(6))
+
+
+def _casual(rng: random.Random, message: tasks.Message) -> tasks.Message:
+    """The user's turn as people type it: without the capital, or without the full stop."""
+    content = message["content"]
+    if message["role"] != "user" or len(content) < 2 or ": " in content:
+        return message
+    if rng.random() < 0.6:
+        content = content[0].lower() + content[1:]
+    if rng.random() < 0.6:
+        content = content.rstrip(".?")
+    return {**message, "content": content}
 
 
 def short_count(rng: random.Random) -> tasks.Task:

@@ -30,7 +30,9 @@ SUM_PROMPTS = (
     "What is {a} + {b}?",
     "What is {a} plus {b}?",
     "How much is {a} + {b}?",
+    "What is {a}+{b}?",
     "{a} + {b} = ?",
+    "{a}+{b}",
     "Add {a} and {b}.",
     "Compute {a} + {b}.",
     "What is the sum of {a} and {b}?",
@@ -56,6 +58,22 @@ REPEAT_PROMPTS = (
     "Repeat this phrase: {phrase}",
     'Repeat the words "{phrase}"',
 )
+
+
+GREETING = "Hello! I can add, count, spell, repeat and remember."
+SMALL_TALK = {
+    "Hello": GREETING,
+    "Hello!": GREETING,
+    "Hi!": GREETING,
+    "Good morning.": GREETING,
+    "What can you do?": "I can add, count, spell, repeat and remember.",
+    "Who are you?": "I am a tiny language model, made to test the engine that serves me.",
+    "Thank you.": "You are welcome.",
+    "Goodbye.": "Goodbye!",
+}
+"""Fixed replies, learned by heart; trained, but nothing that could be held out."""
+NOT_TOLD = "You have not told me."
+"""The answer to a question about a fact that this conversation has not stated."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +197,16 @@ def fact_task(
     return Task("facts", messages, f"{answer[0].upper()}{answer[1:]}.")
 
 
+def small_talk_task(prompt: str) -> Task:
+    """Ask one of the questions of `SMALL_TALK`."""
+    return _single("small_talk", prompt, SMALL_TALK[prompt])
+
+
+def unknown_fact_task(asked: str, wording: int = 0) -> Task:
+    """Ask for a fact that was never told: what another conversation said must not leak in."""
+    return _single("unknown_fact", _pick(FACTS[asked].asked, wording), NOT_TOLD)
+
+
 def sample(rng: random.Random, family: str, split: Split = "held_out") -> Task:
     """Draw a random task of `family` from `split`."""
     return _SAMPLERS[family](rng, split)
@@ -239,21 +267,27 @@ def _last_number(a: int, characters: int) -> int:
 
 def _sample_spell(rng: random.Random, split: Split) -> Task:
     while True:
-        word = words.any_word(rng)
+        word = words.cased_word(rng)
         if len(word) > 1 and held_out(f"spell {word}") == (split == "held_out"):
             return spell_task(word, _wording(rng))
 
 
 def _sample_repeat(rng: random.Random, split: Split) -> Task:
     while True:
-        phrase = " ".join(
-            rng.choice(words.OTHER_WORDS) if rng.random() < 0.3 else words.any_word(rng)
-            for _ in range(rng.randint(2, 10))
-        )
-        if held_out(f"repeat {phrase}") == (split == "held_out"):
-            if rng.random() < 0.3:
-                phrase = f"{phrase[0].upper()}{phrase[1:]}."
+        phrase = " ".join(_phrase_part(rng) for _ in range(rng.randint(2, 12)))
+        if rng.random() < 0.4:
+            phrase = f"{phrase[0].upper()}{phrase[1:]}{rng.choice('..!?')}"
+        letters = "".join(c for c in phrase if c.isalnum() or c == " ")
+        if held_out(f"repeat {letters}") == (split == "held_out"):
             return repeat_task(phrase, _wording(rng))
+
+
+def _phrase_part(rng: random.Random) -> str:
+    draw = rng.random()
+    if draw < 0.06:
+        return str(rng.randrange(10 ** rng.randint(1, 4)))
+    word = rng.choice(words.OTHER_WORDS) if draw < 0.35 else words.cased_word(rng)
+    return word + "," if rng.random() < 0.05 else word
 
 
 def _fact_value(rng: random.Random, kind: str, split: Split) -> str:

@@ -26,11 +26,11 @@ from tinymodel import evaluate, text
 from tinymodel.corpus import Batch, BatchShape, Corpus
 
 SEED = 20
-STEPS = 10_000
+STEPS = 5_000
 PEAK_LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 300
-SHORT = BatchShape(rows=512, length=96)
-LONG_TOKENS = 32_768
+SHORT = BatchShape(rows=384, length=96)
+LONG_TOKENS = 24_576
 
 
 def model_config(tokenizer: Tokenizer) -> LlamaConfig:

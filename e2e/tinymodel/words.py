@@ -102,10 +102,32 @@ def letter_string(rng: random.Random) -> str:
 
 
 def any_word(rng: random.Random) -> str:
-    """A word for spelling and repeating: mostly common, else invented, else plain letters."""
+    """A lower-case word: common, compound, invented, or plain letters in no order."""
     draw = rng.random()
-    if draw < 0.5:
+    if draw < 0.4:
         return rng.choice(NOUNS)
-    if draw < 0.6:
+    if draw < 0.5:
         return rng.choice(OTHER_WORDS)
+    if draw < 0.65:
+        return compound(rng)
     return invented_word(rng) if draw < 0.9 else letter_string(rng)
+
+
+def compound(rng: random.Random) -> str:
+    """Two words as one: a common word may be one token, which must be met inside other words.
+
+    Without compounds the letters of such a token could not be learned when its word is held out.
+    """
+    first = rng.choice(NOUNS + OTHER_WORDS + NAMES + CITIES + COLOURS + PETS)
+    return (first + rng.choice(NOUNS)).lower()
+
+
+def cased_word(rng: random.Random) -> str:
+    """Any word, or a proper noun, as it could stand in a sentence: sometimes with capitals."""
+    draw = rng.random()
+    if draw < 0.1:
+        return rng.choice(NAMES + CITIES)
+    word = any_word(rng)
+    if draw < 0.2:
+        return word.capitalize()
+    return word.upper() if draw < 0.23 and len(word) < 6 else word
