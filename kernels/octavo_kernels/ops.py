@@ -72,6 +72,24 @@ def forced(name: Implementation) -> Iterator[None]:
         _forced = before
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """What "cpu" can use on this host, best first; the first is used."""
+    return () if _core is None else tuple(_core.isas())
+
+
+@contextlib.contextmanager
+def forced_instruction_set(name: str) -> Iterator[None]:
+    """Within the block "cpu" uses the named instruction set (tests, measurements)."""
+    if _core is None:
+        raise ValueError("octavo_kernels._core is not built")
+    before = _core.isa()
+    _core.use_isa(name)
+    try:
+        yield
+    finally:
+        _core.use_isa(before)
+
+
 def paged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
