@@ -1,0 +1,68 @@
+"""The verbs of the cluster tool. Progress goes to standard error, results to standard output."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from e2e.cluster import binaries, controlplane
+from e2e.cluster.errors import ClusterError
+
+MIN_PYTHON = (3, 11)
+
+
+def _binaries(args: argparse.Namespace) -> None:
+    binaries.build(args.names or None)
+
+
+def _binary(args: argparse.Namespace) -> None:
+    print(binaries.path(args.name))
+
+
+def _control_plane(args: argparse.Namespace) -> None:
+    plane = controlplane.standalone(args.state)
+    if args.action == "up":
+        binaries.build(["etcd", "kube-apiserver", "kubectl"])
+        plane.up()
+        print(plane.state.kubeconfig)
+    else:
+        plane.down(purge=args.purge)
+
+
+def parser() -> argparse.ArgumentParser:
+    """One sub-command for each verb."""
+    top = argparse.ArgumentParser(prog="cluster", description=__doc__)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("binaries", help="build what is missing from the pinned Go modules")
+    verb.add_argument("names", nargs="*", help="only the modules of these binaries")
+    verb.set_defaults(act=_binaries)
+
+    verb = verbs.add_parser("binary", help="print the path of a built binary")
+    verb.add_argument("name")
+    verb.set_defaults(act=_binary)
+
+    verb = verbs.add_parser("control-plane", help="etcd and kube-apiserver alone, for tests")
+    verb.add_argument("action", choices=["up", "down"])
+    verb.add_argument("--state", type=Path, required=True, help="its folder")
+    verb.add_argument("--purge", action="store_true", help="down: remove the folder too")
+    verb.set_defaults(act=_control_plane)
+    return top
+
+
+def main() -> int:
+    """Exit 0 when the verb did what it says; 1 with a sentence when not."""
+    if sys.version_info < MIN_PYTHON:
+        print("Python 3.11 or newer is needed: `apt-get install python3`", file=sys.stderr)
+        return 1
+    args = parser().parse_args()
+    try:
+        args.act(args)
+    except ClusterError as error:
+        print(f"cluster: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cluster: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
