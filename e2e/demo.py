@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster_access import bring_up, build_images, connect
-
-from kube import ROOT, Cluster, ClusterError, alive, is_ready, wait_until
+from deployments import SHORT_WINDOWS, SMALL_POOL, Bench
+from kube import ROOT, ClusterError, wait_until
 from load import Load, RequestFailedError, Tally, stream_answer
 from scaling import ScaleWatch, Story
 from tinymodel import tasks
@@ -37,14 +37,6 @@ LIMITS = {
 }
 QUESTION = tasks.sum_task(17, 25)
 
-# A pool so small that its blocks run out long before two cores do, and windows short enough to
-# watch. The example file keeps the defaults that production wants.
-SMALL_POOL = {"numKvBlocks": 64, "maxModelLen": 768}
-SHORT_WINDOWS = {
-    "intervalSeconds": 1,
-    "up": {"windowSeconds": 0, "maxPods": 4, "periodSeconds": 5},
-    "down": {"windowSeconds": 10, "maxPods": 1, "periodSeconds": 5},
-}
 CLIENTS = 12
 COUNTS = [tasks.count_task(a, a + 60) for a in range(100, 160, 5)]
 HOLD_S = 8.0
@@ -98,12 +90,11 @@ def commit() -> str:
     return shown.stdout.strip() or "unknown"
 
 
-def first_answer(cluster: Cluster) -> tuple[str, float]:
+def first_answer(bench: Bench) -> tuple[str, float]:
     """Ask through the Service; the answer printed as it comes, and when its first part came."""
-    base_url = cluster.base_url(NAMESPACE, NAME)
     print(f"  {QUESTION.messages[-1]['content']}  ", end="", flush=True)
     answer, first = "", 0.0
-    for part in stream_answer(base_url, NAME, QUESTION):
+    for part in stream_answer(bench.url(NAME), NAME, QUESTION):
         first = first or time.monotonic()
         answer += part
         print(part, end="", flush=True)
@@ -113,68 +104,51 @@ def first_answer(cluster: Cluster) -> tuple[str, float]:
     return answer, first
 
 
-def apply_and_ask(cluster: Cluster, steps: Steps, result: dict[str, Any]) -> None:
+def apply_and_ask(bench: Bench, steps: Steps, result: dict[str, Any]) -> None:
     """Apply the example, wait for Ready, ask: the way of a user, with a clock beside it."""
     with steps.step("apply docs/examples/llmservice.yaml and wait for Ready"):
-        cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", timeout=180)
-        cluster.ensure_namespace(NAMESPACE)
+        bench.close()  # what an earlier demo left
+        bench.cluster.ensure_namespace(NAMESPACE)
         began = time.monotonic()
-        cluster.kubectl("apply", "--namespace", NAMESPACE, "-f", str(EXAMPLE))
-        cluster.kubectl(
-            *("wait", f"llmsvc/{NAME}", "--namespace", NAMESPACE),
-            *("--for=condition=Ready", "--timeout=300s"),
-            timeout=310,
-        )
-        show(cluster, steps)
+        bench.cluster.kubectl("apply", "--namespace", NAMESPACE, "-f", str(EXAMPLE))
+        bench.wait_ready(NAME, timeout=300)
+        show(bench, steps)
     with steps.step("ask through the Service, streamed"):
-        answer, first = first_answer(cluster)
+        answer, first = first_answer(bench)
     result["question"] = QUESTION.messages[-1]["content"]
     result["answer"] = answer
     result["apply_to_first_token_s"] = round(first - began, 2)
 
 
-def shrink(cluster: Cluster) -> None:
-    """Patch the small pool and the short windows in, and wait until just that runs."""
-    patch = {"spec": {"engine": SMALL_POOL, "autoscaling": SHORT_WINDOWS}}
-    cluster.kubectl(
-        *("patch", "llmsvc", NAME, "--namespace", NAMESPACE, "--type=merge"),
-        *("--patch", json.dumps(patch)),
-    )
+def shrink(bench: Bench) -> None:
+    """Patch a small pool and short windows in, and wait until just that runs.
 
-    def rolled_out() -> bool:
-        found = cluster.service(NAMESPACE, NAME) or {}
-        observed = found.get("status", {}).get("observedGeneration")
-        if observed != found["metadata"]["generation"] or not is_ready(found):
-            return False
-        pods = cluster.pods(NAMESPACE, NAME)
-        if len(pods) != LOW:
-            return False
-        load = cluster.load(NAMESPACE, pods[0]["metadata"]["name"]) or {}
-        return bool((load.get("blocks") or {}).get("total") == SMALL_POOL["numKvBlocks"])
-
-    wait_until(rolled_out, "the small pool is rolled out", timeout=180)
+    The pool is so small that its blocks run out long before two cores do. The example file keeps
+    the defaults that production wants.
+    """
+    bench.patch(NAME, {"engine": SMALL_POOL, "autoscaling": SHORT_WINDOWS})
+    wait_until(lambda: bench.settled(NAME, LOW), "the small pool is rolled out", timeout=180)
+    (pod,) = bench.pods(NAME)
+    load = bench.cluster.load(NAMESPACE, pod["metadata"]["name"]) or {}
+    if (load.get("blocks") or {}).get("total") != SMALL_POOL["numKvBlocks"]:
+        raise ClusterError(f"the pool is not the small one: {load}")
 
 
-def ready_pods(cluster: Cluster) -> int:
-    """Ready pods that nobody has asked to end."""
-    return sum(is_ready(pod) for pod in alive(cluster.pods(NAMESPACE, NAME)))
-
-
-def scale(cluster: Cluster, steps: Steps) -> tuple[Story, Tally]:
+def scale(bench: Bench, steps: Steps) -> tuple[Story, Tally]:
     """Press until there are HIGH replicas, let go until there is LOW again."""
 
     def say(line: str) -> None:
         steps.say(line)
         if line.startswith("ready"):
-            show(cluster, steps)
+            show(bench, steps)
 
-    load = Load(cluster.base_url(NAMESPACE, NAME), NAME, COUNTS, clients=CLIENTS)
-    watch = ScaleWatch(cluster, NAMESPACE, NAME, say).start()
+    load = Load(bench.url(NAME), NAME, COUNTS, clients=CLIENTS)
+    watch = ScaleWatch(bench.cluster, NAMESPACE, NAME, say).start()
     try:
         with steps.step(f"load of {CLIENTS} clients: {LOW} → {HIGH} replicas"):
             load.start()
             wait_until(
-                lambda: watch.error or ready_pods(cluster) == HIGH,
+                lambda: watch.error or len(bench.ready_pods(NAME)) == HIGH,
                 f"{HIGH} ready replicas under load",
                 timeout=120,
             )
@@ -183,7 +157,7 @@ def scale(cluster: Cluster, steps: Steps) -> tuple[Story, Tally]:
             steps.say(f"requests: {load.tally.as_json()}")
         with steps.step(f"no load: {HIGH} → {LOW} replica"):
             wait_until(
-                lambda: watch.error or len(cluster.pods(NAMESPACE, NAME)) == LOW,
+                lambda: watch.error or len(bench.pods(NAME)) == LOW,
                 f"back to {LOW} replica",
                 timeout=180,
             )
@@ -194,9 +168,9 @@ def scale(cluster: Cluster, steps: Steps) -> tuple[Story, Tally]:
     return story, tally
 
 
-def show(cluster: Cluster, steps: Steps) -> None:
+def show(bench: Bench, steps: Steps) -> None:
     """What a user sees."""
-    for line in cluster.kubectl("get", "llmsvc", "--namespace", NAMESPACE).splitlines():
+    for line in bench.cluster.kubectl("get", "llmsvc", "--namespace", NAMESPACE).splitlines():
         steps.say(f"    {line}")
 
 
@@ -213,13 +187,14 @@ def verdict(result: dict[str, Any], story: Story, tally: Tally) -> list[str]:
     return wrong
 
 
-def go_on(cluster: Cluster) -> None:
+def go_on(bench: Bench) -> None:
     """Print how to use what is now running."""
+    cluster = bench.cluster
     print(f"""
 It is yours:
   export KUBECONFIG={cluster.kubeconfig or "(your current context)"}
   {cluster.kubectl_path} get llmsvc,pods --namespace {NAMESPACE}
-  curl -s {cluster.base_url(NAMESPACE, NAME)}/v1/chat/completions \\
+  curl -s {bench.url(NAME)}/v1/chat/completions \\
     -H 'content-type: application/json' \\
     -d '{{"model": "{NAME}", "messages": [{{"role": "user", "content": "Spell the word river."}}]}}'
 End it with:
@@ -242,10 +217,11 @@ def run_demo(steps: Steps, result: dict[str, Any]) -> list[str]:
                         f"operators would fight: helm uninstall {release} -n {namespace}"
                     )
             cluster.install_chart(RELEASE, SYSTEM_NAMESPACE)
-        apply_and_ask(cluster, steps, result)
+        bench = Bench(cluster, NAMESPACE)
+        apply_and_ask(bench, steps, result)
         with steps.step("small block pool and short windows, for the sake of watching"):
-            shrink(cluster)
-        story, tally = scale(cluster, steps)
+            shrink(bench)
+        story, tally = scale(bench, steps)
         pressure, ready = story.pressure_to_decision(), story.decision_to_ready()
         result["replicas_seen"] = story.ready_counts
         result["decisions"] = [f"{d.before} → {d.after}: {d.reason}" for d in story.decisions]
@@ -254,7 +230,7 @@ def run_demo(steps: Steps, result: dict[str, Any]) -> list[str]:
         result["decision_to_ready_s"] = None if ready is None else round(ready, 2)
         wrong = verdict(result, story, tally)
         if not wrong:
-            go_on(cluster)
+            go_on(bench)
         return wrong
     finally:
         cluster.close()

@@ -7,7 +7,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -59,7 +58,7 @@ def test_every_answer_is_right(bench: Bench, tiny: str, family: str) -> None:
 def test_the_openai_client_can_talk_to_it(bench: Bench, tiny: str) -> None:
     """The reference client accepts every answer, and the accounting in it adds up."""
     task = tasks.sum_task(17, 25)
-    with httpx.Client(trust_env=False) as http:
+    with openai.DefaultHttpxClient(trust_env=False) as http:
         client = openai.OpenAI(base_url=f"{bench.url(tiny)}/v1", api_key="none", http_client=http)
         assert [model.id for model in client.models.list()] == [tiny]
         messages: Any = task.messages
