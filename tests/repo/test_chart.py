@@ -88,7 +88,7 @@ def test_lint_is_clean() -> None:
     [
         ("operator.imge=x", "imge"),
         ("replicas=2", "replicas"),
-        ("operator.logLevel=loud", "logLevel"),
+        ("operator.logFormat=loud", "logFormat"),
         ("networkPolicy.apiServerPorts={70000}", "apiServerPorts"),
         ("server.image=", "image"),
     ],

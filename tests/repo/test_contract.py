@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
 from octavo import errors
 from octavo.api.lifecycle import Lifecycle, State
@@ -22,8 +23,11 @@ from octavo.api.routes import build_app
 from octavo.api.serving import Serving
 from octavo.config import ServeConfig, parse_serve_args
 from octavo.wire import Blocks, Failed, Load
-from octavo_operator import resources, spec
+from octavo_operator import cluster as api
+from octavo_operator import config as configuration
+from octavo_operator import resources, scraper, spec
 from octavo_operator.autoscale import samples
+from octavo_operator.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 CRD = yaml.safe_load((ROOT / "crds" / "llmservice.yaml").read_text())
@@ -184,9 +188,8 @@ def test_probes_ask_for_paths_that_exist(paths: set[str]) -> None:
 
 
 def test_the_load_is_read_where_it_is_served(paths: set[str]) -> None:
-    assert "/octavo/load" in paths
-    sources = [path.read_text() for path in (ROOT / "operator").rglob("*.py")]
-    assert any('"/octavo/load"' in text or "/octavo/load" in text for text in sources)
+    assert scraper.LOAD_PATH in paths
+    assert scraper.pod_url("10.0.0.1") == f"http://10.0.0.1:{resources.PORT}{scraper.LOAD_PATH}"
 
 
 # GET /octavo/load
@@ -299,18 +302,59 @@ def test_every_reason_of_the_server_fits_a_condition() -> None:
 # Chart and operator
 
 
-def test_the_chart_names_what_the_operator_reads() -> None:
-    """Environment variables of the Deployment are those of the operator's configuration."""
-    template = (ROOT / "charts" / "octavo" / "templates" / "deployment.yaml").read_text()
-    given = set(re.findall(r"name: (OCTAVO_[A-Z_]+)", template))
-    config = (ROOT / "operator" / "octavo_operator" / "config.py").read_text()
-    read = set(re.findall(r"\"(OCTAVO_[A-Z_]+)\"", config))
-    assert "OCTAVO_SERVER_IMAGE" in given
-    assert given <= read, f"the operator does not read {given - read}"
+CHART = ROOT / "charts" / "octavo" / "templates"
+
+
+def test_the_chart_starts_the_operator_as_it_wants_to_be_started() -> None:
+    """Flags are parsed by the operator itself; environment variables are those that it reads."""
+    template = (CHART / "deployment.yaml").read_text()
+    flags = re.findall(r"- (--[a-z-]+)(?:=(\S+))?", template)
+    values = {"--log-format": "json", "--http-port": "8081", "--namespace": "ns"}
+    words = [f"{flag}={values[flag]}" if given else flag for flag, given in flags]
+    config = configuration.load(words, env={"OCTAVO_SERVER_IMAGE": "image", "POD_NAME": "pod"})
+    assert (config.namespaces, config.log_format, config.debug) == (("ns",), "json", True)
+    assert (config.server_image, config.instance) == ("image", "pod")
+    for name in ("OCTAVO_SERVER_IMAGE", "POD_NAME"):
+        assert f"name: {name}\n" in template
+    scripts = (ROOT / "pyproject.toml").read_text()
+    assert "command: [octavo-operator]" in template
+    assert '\noctavo-operator = "octavo_operator.__main__:main"\n' in scripts
+
+
+def test_the_chart_probes_where_the_operator_answers() -> None:
+    template = (CHART / "deployment.yaml").read_text()
+    port = configuration.Config().http_port
+    assert f"containerPort: {port}\n" in template
+    assert f"--http-port={port}\n" in template
+    paths = set(re.findall(r"path: (/\S+)", template))
+    served = (ROOT / "operator" / "octavo_operator" / "app.py").read_text()
+    assert paths
+    assert all(f'add_get("{path}"' in served for path in paths)
+
+
+def test_the_chart_allows_what_the_operator_asks_the_api_server_for() -> None:
+    text = (CHART / "rbac.yaml").read_text().split('define "octavo.rules" -}}', 1)[1]
+    rules = yaml.safe_load(text.split("{{-", 1)[0])
+    allowed = {
+        (group, resource): set(rule["verbs"])
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    for kind, path in api.PATHS.items():
+        parts = path.split("/")
+        group = "" if parts[1] == "api" else parts[2]
+        verbs = allowed[group, parts[-1]]
+        # Events are created, the other kinds are watched and read.
+        assert {"create"} == verbs if kind == "Event" else {"get", "list", "watch"} <= verbs
+    for group, resource in (("apps", "deployments"), ("", "services")):
+        assert {"create", "patch"} <= allowed[group, resource]
+    assert "patch" in allowed["octavo.dev", "llmservices/status"]
 
 
 def test_the_end_to_end_suite_reads_a_metric_that_exists() -> None:
-    name = "octavo_operator_api_writes"
-    assert f"{name}_total" in (ROOT / "e2e" / "deployments.py").read_text()
-    sources = [path.read_text() for path in (ROOT / "operator").rglob("*.py")]
-    assert any(f'"{name}' in text for text in sources)
+    metrics = Metrics()
+    metrics.api_writes.labels("Deployment", "apply").inc()
+    name = "octavo_operator_api_writes_total"
+    assert f'"{name}"' in (ROOT / "e2e" / "deployments.py").read_text()
+    assert f"\n{name}{{" in generate_latest(metrics.registry).decode()
