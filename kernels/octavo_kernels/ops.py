@@ -8,11 +8,9 @@ and one log line says so. `calls` counts what ran, so that a test can tell.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Literal
 
 import torch
@@ -24,25 +22,19 @@ Implementation = Literal["cpu", "reference"]
 
 logger = logging.getLogger(__name__)
 
+try:  # absent is a choice, broken is an error
+    import octavo_kernels._core as _core
+except ModuleNotFoundError:
+    _core = None  # type: ignore[assignment]
+    logger.warning(
+        "octavo_kernels._core is not built: operations run on torch, several times slower. "
+        "Build it with: pip install --no-build-isolation -e ."
+    )
+
 calls: Counter[tuple[str, Implementation]] = Counter()
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _forced: Implementation | None = None
-
-
-def _load_core() -> ModuleType | None:
-    """The compiled module, or None where it was not built. A module that is broken raises."""
-    try:
-        return importlib.import_module("octavo_kernels._core")
-    except ModuleNotFoundError:
-        logger.warning(
-            "octavo_kernels._core is not built: operations run on torch, several times slower. "
-            "Build it with: pip install --no-build-isolation -e ."
-        )
-        return None
-
-
-_core = _load_core()
 
 
 def implementations() -> tuple[Implementation, ...]:
@@ -120,13 +112,12 @@ def paged_attention(
             f"{size['kv_heads']} heads of key_cache"
         )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    native = _native("paged_attention", query)
-    if native is None:
+    if not _runs_native("paged_attention", query):
         reference.paged_attention(
             query, key_cache, value_cache, block_tables, query_start, seq_lens, scale, out
         )
         return out
-    native.paged_attention(
+    _core.paged_attention(
         dtype=_code("paged_attention", query),
         query=query.data_ptr(),
         query_stride=query.stride(0),
@@ -166,11 +157,10 @@ def write_kv(
         Arg("value_cache", value_cache, "blocks block_size kv_heads dim"),
         Arg("slots", slots, "tokens", torch.int64),
     )
-    native = _native("write_kv", key)
-    if native is None:
+    if not _runs_native("write_kv", key):
         reference.write_kv(key, value, key_cache, value_cache, slots)
         return
-    native.write_kv(
+    _core.write_kv(
         key=key.data_ptr(),
         key_stride=key.stride(0) * key.element_size(),
         value=value.data_ptr(),
@@ -196,11 +186,10 @@ def rms_norm(
         args.append(Arg("residual", residual, "tokens width"))
     size = match("rms_norm", *args)
     out = torch.empty_like(x)
-    native = _native("rms_norm", x)
-    if native is None:
+    if not _runs_native("rms_norm", x):
         reference.rms_norm(x, weight, eps, residual, out)
         return out
-    native.rms_norm(
+    _core.rms_norm(
         dtype=_code("rms_norm", x),
         x=x.data_ptr(),
         weight=weight.data_ptr(),
@@ -227,12 +216,11 @@ def rope(
     )
     if size["dim"] % 2 != 0:
         raise ValueError(f"rope: query has an odd head dimension, {size['dim']}")
-    native = _native("rope", query)
-    if native is None:
+    if not _runs_native("rope", query):
         reference.rope(query, key, positions, cos_sin)
         return
     for tensor, heads in ((query, size["heads"]), (key, size["kv_heads"])):
-        native.rope(
+        _core.rope(
             dtype=_code("rope", query),
             x=tensor.data_ptr(),
             stride=tensor.stride(0),
@@ -252,11 +240,10 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     if size["2*width"] % 2 != 0:
         raise ValueError(f"silu_and_mul: x has an odd width, {size['2*width']}")
     out = torch.empty((size["tokens"], size["2*width"] // 2), dtype=x.dtype, device=x.device)
-    native = _native("silu_and_mul", x)
-    if native is None:
+    if not _runs_native("silu_and_mul", x):
         reference.silu_and_mul(x, out)
         return out
-    native.silu_and_mul(
+    _core.silu_and_mul(
         dtype=_code("silu_and_mul", x),
         x=x.data_ptr(),
         out=out.data_ptr(),
@@ -276,11 +263,10 @@ def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:
     )
     if size["two"] != 2:
         raise ValueError(f"copy_blocks: pairs must be [pairs, 2], got {tuple(pairs.shape)}")
-    native = _native("copy_blocks", cache)
-    if native is None:
+    if not _runs_native("copy_blocks", cache):
         reference.copy_blocks(cache, pairs)
         return
-    native.copy_blocks(
+    _core.copy_blocks(
         cache=cache.data_ptr(),
         planes=size["planes"],
         blocks=size["blocks"],
@@ -290,11 +276,11 @@ def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:
     )
 
 
-def _native(op: str, tensor: torch.Tensor) -> ModuleType | None:
-    """Count the call; the compiled module if it is to run, None for the reference."""
+def _runs_native(op: str, tensor: torch.Tensor) -> bool:
+    """Count the call and say whether the compiled module runs it, rather than the reference."""
     chosen = implementation(tensor.device)
     calls[op, chosen] += 1
-    return _core if chosen == "cpu" else None
+    return chosen == "cpu"
 
 
 def _code(op: str, tensor: torch.Tensor) -> int:

@@ -16,6 +16,8 @@ namespace {
 
 constexpr int kTile = 32;   // keys a tile; a multiple of kLanes
 constexpr int kChunks = 4;  // vectors of the output that stay in registers over a tile
+// Below this many products a thread, waking it costs more than it does.
+constexpr int64_t kProductsPerThread = 1 << 17;
 
 // Pairwise sums of neighbours: lanes of a first, then lanes of b.
 OCTAVO_INLINE Vec fold(Vec a, Vec b) {
@@ -206,11 +208,15 @@ class ItemRun {
 }  // namespace
 
 void attention_items(const PagedAttention& args, const AttentionItem* items, int64_t count) {
-  int64_t rows = 0;
-  for (int64_t i = 0; i < count; ++i) rows = items[i].count > rows ? items[i].count : rows;
-  rows *= args.heads / args.kv_heads;
-  const int64_t floats = item_floats(rows, round_up(args.dim, kLanes));
-  const int threads = count < args.threads ? int(count) : args.threads;
+  const int64_t group = args.heads / args.kv_heads;
+  int64_t rows = 0, products = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    rows = items[i].count > rows ? items[i].count : rows;
+    products += items[i].count * group * args.seq_lens[items[i].seq] * args.dim;
+  }
+  const int64_t floats = item_floats(rows * group, round_up(args.dim, kLanes));
+  const int64_t useful = products / kProductsPerThread < count ? products / kProductsPerThread : count;
+  const int threads = useful < 2 ? 1 : useful < args.threads ? int(useful) : args.threads;
   int64_t next = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -54,13 +54,12 @@ OCTAVO_INLINE float max_lanes(Vec v) {
   return most;
 }
 
-// e^x within 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. Below -87.3 it stays at 1e-38.
+// e^x within 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. 0 below -87.3, infinite above 88.3.
 OCTAVO_INLINE Vec exp(Vec x) {
   const Vec low = splat(-87.33654f), high = splat(88.37626f), magic = splat(12582912.0f);
-  x = x < low ? low : x;  // a NaN compares false and stays
-  x = x > high ? high : x;
-  const Vec n = (x * 1.44269504f + magic) - magic;  // round to nearest
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec inside = x < low ? low : x > high ? high : x;  // a NaN compares false and stays
+  const Vec n = (inside * 1.44269504f + magic) - magic;    // round to nearest
+  const Vec r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -69,7 +68,8 @@ OCTAVO_INLINE Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const VecInt exponent = (__builtin_convertvector(n, VecInt) + 127) << 23;
-  return p * (Vec)exponent;
+  const Vec result = p * (Vec)exponent;
+  return x < low ? Vec{} : x > high ? splat(INFINITY) : result;
 }
 
 OCTAVO_INLINE uint32_t bits_of(float x) {
