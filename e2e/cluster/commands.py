@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from e2e.cluster import binaries, controlplane
+from e2e.cluster import binaries, cluster, controlplane, doctor
 from e2e.cluster.errors import ClusterError
 
 MIN_PYTHON = (3, 11)
@@ -18,6 +19,34 @@ def _binaries(args: argparse.Namespace) -> None:
 
 def _binary(args: argparse.Namespace) -> None:
     print(binaries.path(args.name))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    sentences = doctor.refusals()
+    print("\n".join(sentences) or "this machine can be a node")
+    if sentences:
+        sys.exit(1)
+
+
+def _up(args: argparse.Namespace) -> None:
+    cluster.up(take_over=args.take_over)
+    print(cluster.kubeconfig())
+
+
+def _down(args: argparse.Namespace) -> None:
+    cluster.down(purge=args.purge)
+
+
+def _status(args: argparse.Namespace) -> None:
+    sys.exit(0 if cluster.status() else 1)
+
+
+def _kubeconfig(args: argparse.Namespace) -> None:
+    print(cluster.kubeconfig())
+
+
+def _fake_gpus(args: argparse.Namespace) -> None:
+    cluster.fake_gpus(args.count)
 
 
 def _control_plane(args: argparse.Namespace) -> None:
@@ -34,6 +63,27 @@ def parser() -> argparse.ArgumentParser:
     """One sub-command for each verb."""
     top = argparse.ArgumentParser(prog="cluster", description=__doc__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("doctor", help="name what this machine lacks, and how to get it")
+    verb.set_defaults(act=_doctor)
+
+    verb = verbs.add_parser("up", help="bring the cluster up; again: start what does not run")
+    verb.add_argument("--take-over", action="store_true", help="even another checkout's")
+    verb.set_defaults(act=_up)
+
+    verb = verbs.add_parser("down", help="end everything that `up` made; the state stays")
+    verb.add_argument("--purge", action="store_true", help="remove the state too")
+    verb.set_defaults(act=_down)
+
+    verb = verbs.add_parser("status", help="what runs; exit 0 when the node is Ready")
+    verb.set_defaults(act=_status)
+
+    verb = verbs.add_parser("kubeconfig", help="print the kubeconfig's path")
+    verb.set_defaults(act=_kubeconfig)
+
+    verb = verbs.add_parser("fake-gpus", help="announce nvidia.com/gpu that is not there")
+    verb.add_argument("count", type=int)
+    verb.set_defaults(act=_fake_gpus)
 
     verb = verbs.add_parser("binaries", help="build what is missing from the pinned Go modules")
     verb.add_argument("names", nargs="*", help="only the modules of these binaries")
@@ -56,6 +106,8 @@ def main() -> int:
     if sys.version_info < MIN_PYTHON:
         print("Python 3.11 or newer is needed: `apt-get install python3`", file=sys.stderr)
         return 1
+    # Root's programs are not on everybody's PATH, not even on root's after `su`.
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
     args = parser().parse_args()
     try:
         args.act(args)

@@ -6,6 +6,7 @@ the state folder that it was given.
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import socket
@@ -217,6 +218,18 @@ def controllers(state: State) -> list[Daemon]:
             ),
         ),
     ]
+
+
+def http_ok(host: str, port: int, path: str) -> bool:
+    """Whether a daemon's own health page says 200."""
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def standalone(folder: Path) -> ControlPlane:

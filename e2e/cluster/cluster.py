@@ -1,0 +1,164 @@
+"""The whole cluster: `up`, `down`, `status`. Each can be interrupted anywhere and run again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from e2e.cluster import binaries, controlplane, doctor, kernel, network, owner, processes, registry
+from e2e.cluster.api import Api
+from e2e.cluster.controlplane import BRIDGE_ADDRESS, ControlPlane
+from e2e.cluster.errors import ClusterError
+from e2e.cluster.node import Node
+from e2e.cluster.paths import CHECKOUT, CLUSTER, LOCK
+from e2e.cluster.processes import Daemon
+from e2e.cluster.steps import say, step, wait_until
+
+PLANE = ControlPlane(CLUSTER, whole=True)
+NODE = Node(CLUSTER)
+OWNER = CLUSTER.root / "owner"
+FORMER_SYSCTLS = CLUSTER.root / "former-sysctls.json"
+
+
+def up(*, take_over: bool) -> None:
+    """Everything, from packages to a node that is Ready."""
+    if os.geteuid():
+        raise ClusterError(
+            "`up` needs root for the bridge, the mounts and the containers: use sudo"
+        )
+    doctor.install_packages()
+    sentences = doctor.refusals()
+    if sentences:
+        raise ClusterError(
+            "this machine cannot be a node:\n" + "\n".join(f"- {s}" for s in sentences)
+        )
+    binaries.build()
+    with owner.only_one(LOCK):
+        owner.claim(OWNER, CHECKOUT, take_over=take_over)
+        CLUSTER.prepare()
+        with step("bridge and control groups"):
+            network.up(FORMER_SYSCTLS)
+            kernel.create_group()
+        NODE.configure()
+        with ThreadPoolExecutor() as pool:
+            head = pool.submit(PLANE.up)
+            parts = [pool.submit(part) for part in (_start_runtime, _start_registry)]
+            api = head.result()
+            for part in parts:
+                part.result()
+        _start_rest(api)
+    say(f"cluster up; export KUBECONFIG={CLUSTER.kubeconfig}")
+
+
+def _start(daemon: Daemon) -> bool:
+    return processes.ensure(daemon, CLUSTER.root, CLUSTER.logs)
+
+
+def _start_runtime() -> None:
+    with step("containerd"):
+        daemon = NODE.containerd()
+        _start(daemon)
+        death = processes.obituary(daemon, CLUSTER.root, CLUSTER.logs)
+        wait_until(NODE.runtime_answers, "containerd", timeout=60, alive=death)
+        NODE.import_pause()
+
+
+def _start_registry() -> None:
+    with step("image registry"):
+        daemon = registry.daemon()
+        if not processes.running(daemon, CLUSTER.root) and registry.answers():
+            raise ClusterError(
+                f"something else serves on {registry.ADDRESS}, where the image registry must be: "
+                f"find it with `ss -ltnp 'sport = :{registry.PORT}'` and end it"
+            )
+        started = _start(daemon)
+        death = processes.obituary(daemon, CLUSTER.root, CLUSTER.logs)
+        wait_until(registry.answers, "the image registry", timeout=20, alive=death)
+        if started:
+            registry.restore()
+
+
+def _start_rest(api: Api) -> None:
+    agents = NODE.agents()
+    with step("controllers, kubelet, kube-proxy, DNS"):
+        NODE.allow_dns(api)
+        for daemon in controlplane.controllers(CLUSTER):
+            _start(daemon)
+        if not processes.running(agents[0], CLUSTER.root):
+            NODE.forget_readiness(api)
+        for daemon in agents:
+            _start(daemon)
+    with step("node Ready"):
+        everything = [*controlplane.controllers(CLUSTER), *agents]
+        deaths = [processes.obituary(d, CLUSTER.root, CLUSTER.logs) for d in everything]
+        wait_until(
+            lambda: NODE.ready(api) and _dns_ready() and _can_run_pods(api),
+            "a Ready node, DNS and the default service account", timeout=90,
+            alive=lambda: next((text for death in deaths if (text := death())), None),
+        )  # fmt: skip
+
+
+def _dns_ready() -> bool:
+    """CoreDNS says so once it has the cluster's names."""
+    return controlplane.http_ok(BRIDGE_ADDRESS, 8181, "/ready")
+
+
+def _can_run_pods(api: Api) -> bool:
+    """The controller manager made the default namespace's service account."""
+    return api.get("/api/v1/namespaces/default/serviceaccounts/default") is not None
+
+
+def down(*, purge: bool) -> None:
+    """End every process, container, mount, rule and group that `up` made; keep the state."""
+    if os.geteuid():
+        raise ClusterError("`down` needs root, as `up` did: use sudo")
+    with owner.only_one(LOCK):
+        if not CLUSTER.root.exists():
+            say("cluster: nothing to bring down")
+            return
+        with step("pods and daemons"):
+            NODE.end()
+        with step("network"):
+            network.down(FORMER_SYSCTLS)
+        shutil.rmtree(CLUSTER.run, ignore_errors=True)
+        OWNER.unlink(missing_ok=True)
+        if purge:
+            with step("state removed"):
+                shutil.rmtree(CLUSTER.root)
+    say("cluster down" + ("" if purge else "; its state is kept, `down --purge` removes it"))
+
+
+def status() -> bool:
+    """Print what runs; true when the node can run pods."""
+    found = {p.name: p.pid for p in processes.of_state(CLUSTER.root) if p.name in p.argv[0]}
+    names = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "containerd"]
+    names += ["kubelet", "kube-proxy", "coredns"]
+    for name in names:
+        print(f"{name:<26}{found.get(name, 'not running')}")
+    print(
+        f"{'registry ' + registry.ADDRESS:<26}{'serves' if registry.answers() else 'not running'}"
+    )
+    api = PLANE.api()
+    ready = api is not None and api.ready() and NODE.ready(api)
+    print(f"{'node':<26}{'Ready' if ready else 'not Ready'}")
+    print(f"{'owner':<26}{OWNER.read_text().strip() if OWNER.exists() else 'nobody'}")
+    print(f"{'kubeconfig':<26}{CLUSTER.kubeconfig if CLUSTER.kubeconfig.exists() else 'none'}")
+    return ready and all(name in found for name in names)
+
+
+def fake_gpus(count: int) -> None:
+    """Announce GPUs that are not there."""
+    api = PLANE.api()
+    if api is None or not api.ready():
+        raise ClusterError("no cluster is up: run `python3 e2e/cluster/cli.py up` first")
+    NODE.fake_gpus(api, count)
+    say(f"the node announces {count} nvidia.com/gpu until kubelet registers it anew")
+
+
+def kubeconfig() -> Path:
+    """The kubeconfig of the cluster; ClusterError when there is none."""
+    if not CLUSTER.kubeconfig.exists():
+        raise ClusterError("no cluster is up: run `python3 e2e/cluster/cli.py up` first")
+    return CLUSTER.kubeconfig
