@@ -50,15 +50,9 @@ class RequestFailedError(Exception):
     """A request that did not end in a whole answer."""
 
 
-def chat_body(model: str, task: Task, *, stream: bool, max_tokens: int) -> dict[str, object]:
-    """One question under greedy decoding."""
-    return {
-        "model": model,
-        "messages": task.messages,
-        "temperature": 0,
-        "max_tokens": max_tokens,
-        "stream": stream,
-    }
+def chat_body(model: str, task: Task, *, stream: bool) -> dict[str, object]:
+    """One question under greedy decoding; the answer ends by itself or at the context's end."""
+    return {"model": model, "messages": task.messages, "temperature": 0, "stream": stream}
 
 
 def question(task: Task) -> str:
@@ -98,7 +92,6 @@ class Load:
     clients: int = 8
     max_requests: int = 100_000
     max_seconds: float = 300.0
-    max_tokens: int = 400
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -160,7 +153,7 @@ class Load:
 
     async def _ask(self, http: httpx.AsyncClient, task: Task, *, stream: bool) -> str:
         """The whole answer, coming back for as long as the server asks for it."""
-        body = chat_body(self.model, task, stream=stream, max_tokens=self.max_tokens)
+        body = chat_body(self.model, task, stream=stream)
         give_up = time.monotonic() + RETRY_FOR_S
         while True:
             async with http.stream("POST", "v1/chat/completions", json=body) as answer:
@@ -187,9 +180,9 @@ class Load:
         raise RequestFailedError("the stream ended without [DONE]")
 
 
-def stream_answer(base_url: str, model: str, task: Task, max_tokens: int = 400) -> Iterator[str]:
+def stream_answer(base_url: str, model: str, task: Task) -> Iterator[str]:
     """One streamed answer, part by part as it arrives."""
-    body = chat_body(model, task, stream=True, max_tokens=max_tokens)
+    body = chat_body(model, task, stream=True)
     url = f"{base_url}/v1/chat/completions"
     with httpx.Client(timeout=REQUEST_TIMEOUT_S, trust_env=False) as http:
         with http.stream("POST", url, json=body) as answer:

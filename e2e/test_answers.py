@@ -48,7 +48,7 @@ def test_every_answer_is_right(bench: Bench, tiny: str, family: str) -> None:
     """Each question twice from each of several clients at once: streamed and not."""
     questions = FAMILIES[family]
     clients = 4
-    load = Load(bench.url(tiny), tiny, questions, clients=clients, max_tokens=2000)
+    load = Load(bench.url(tiny), tiny, questions, clients=clients)
     load.max_requests = 2 * max(len(questions), clients)
     tally = load.start().wait()
     assert (tally.right, tally.examples) == (tally.sent, [])
@@ -99,7 +99,7 @@ def test_bad_requests_cost_one_error_and_disturb_nobody(bench: Bench, tiny: str)
     streaming = threading.Event()
 
     def stream() -> None:
-        for part in stream_answer(bench.url(tiny), tiny, task, max_tokens=1500):
+        for part in stream_answer(bench.url(tiny), tiny, task):
             parts.append(part)
             streaming.set()
 
