@@ -6,6 +6,7 @@ none, so a field that the schema defaults is required here and one that it does 
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -183,12 +184,17 @@ def camel(name: str) -> str:
 
 
 def _build(cls: type[T], data: Mapping[str, Any], path: str) -> T:
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     values = {}
     for field in fields(cls):  # type: ignore[arg-type]  # mypy cannot bound T to dataclasses
         key = camel(field.name)
         values[field.name] = _convert(hints[field.name], data.get(key), f"{path}.{key}")
     return cls(**values)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from octavo_operator.autoscale.samples import Load, Sample
 from octavo_operator.spec import Autoscaling, Pace
 
+_EPSILON = 1e-9
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -136,7 +138,7 @@ def _measure(policy: Autoscaling, samples: Sequence[Sample], now: float) -> Inpu
 
 def _ceil(value: float) -> int:
     # 57 blocks over 0.57 x 100 are one replica, whatever binary fractions say.
-    return math.ceil(value - 1e-9)
+    return math.ceil(value - _EPSILON)
 
 
 def _recommend(policy: Autoscaling, inputs: Inputs, current: int) -> tuple[int, str]:
@@ -147,7 +149,11 @@ def _recommend(policy: Autoscaling, inputs: Inputs, current: int) -> tuple[int, 
         return current, "Metrics"
     demand = inputs.active_blocks + inputs.waiting_blocks
     supply = current * inputs.usable_blocks_per_pod
-    if inputs.wanted != current and supply and abs(demand / supply - 1) <= policy.tolerance:
+    if (
+        inputs.wanted != current
+        and supply
+        and abs(demand / supply - 1) <= policy.tolerance + _EPSILON
+    ):
         return current, "Tolerance"
     return inputs.wanted, "None"
 
