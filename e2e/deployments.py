@@ -184,11 +184,11 @@ def operator_writes(cluster: Cluster) -> float:
         f":{OPERATOR_PORT}/proxy/metrics"
     )
     text = cluster.api.get(path).raise_for_status().text
-    lines = [
-        line for line in text.splitlines() if line.startswith("octavo_operator_api_writes_total")
-    ]
-    if not lines:
-        raise ClusterError("the operator exports no octavo_operator_api_writes_total")
+    name = "octavo_operator_api_writes_total"
+    if f"# TYPE {name} counter" not in text:
+        raise ClusterError(f"the operator exports no {name}")
+    # A series appears with its first write.
+    lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
