@@ -298,6 +298,9 @@ def limit_threads(num_threads: int) -> None:
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(num_threads)
+    # Where other processes want the same cores, a thread that spins while it waits for its mates
+    # keeps them from running: steps then take tens of times longer.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def cpu_limit(root: Path = CGROUP_ROOT, membership: Path = PROC_CGROUP) -> int:

@@ -15,7 +15,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIB = 1 << 20
 GIB = 1 << 30
 
-# On a CPU the pool shares memory with everything else; more has to be asked for.
+# On a CPU the pool shares memory with all else; more than this has to be asked for.
 DEFAULT_HOST_POOL_BYTES = GIB
 # What a host keeps back for activations, the allocator and the process itself.
 HOST_RESERVE_BYTES = 256 * MIB
@@ -77,9 +77,13 @@ def weights_bytes(folder: Path, dtype: str | None = None) -> int:
     return total
 
 
-def host_pool_bytes(available_bytes: int) -> int:
-    """Bytes of host memory for the KV pool, of what is available after the weights are loaded."""
-    return max(0, min(DEFAULT_HOST_POOL_BYTES, (available_bytes - HOST_RESERVE_BYTES) // 2))
+def host_pool_bytes(available_bytes: int, utilization: float) -> int:
+    """Bytes of host memory for the KV pool, of what is available after the weights are loaded.
+
+    A utilization of 1 asks for all there is; below that the pool stays modest.
+    """
+    most = max(0, available_bytes - HOST_RESERVE_BYTES)
+    return most if utilization >= 1.0 else min(DEFAULT_HOST_POOL_BYTES, int(most * utilization))
 
 
 def device_pool_bytes(total_bytes: int, free_bytes: int, utilization: float) -> int:

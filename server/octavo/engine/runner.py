@@ -110,7 +110,7 @@ class Runner:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             return memory_plan.device_pool_bytes(total, free, gpu_memory_utilization)
-        return memory_plan.host_pool_bytes(available_host_bytes())
+        return memory_plan.host_pool_bytes(available_host_bytes(), gpu_memory_utilization)
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Make the KV pool. Host memory is taken as blocks are first written."""
