@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
-from e2e.cluster import binaries, cluster, controlplane, doctor
+from e2e.cluster import binaries, cluster, controlplane, doctor, images
 from e2e.cluster.errors import ClusterError
 
 MIN_PYTHON = (3, 11)
@@ -49,6 +50,11 @@ def _fake_gpus(args: argparse.Namespace) -> None:
     cluster.fake_gpus(args.count)
 
 
+def _images(args: argparse.Namespace) -> None:
+    references = images.build_and_push(args.targets or sorted(images.INPUTS))
+    print(json.dumps(references, indent=1))
+
+
 def _control_plane(args: argparse.Namespace) -> None:
     plane = controlplane.standalone(args.state)
     if args.action == "up":
@@ -84,6 +90,10 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("fake-gpus", help="announce nvidia.com/gpu that is not there")
     verb.add_argument("count", type=int)
     verb.set_defaults(act=_fake_gpus)
+
+    verb = verbs.add_parser("images", help="build, push and pull the images; prints their names")
+    verb.add_argument("targets", nargs="*", help="server, operator; both by default")
+    verb.set_defaults(act=_images)
 
     verb = verbs.add_parser("binaries", help="build what is missing from the pinned Go modules")
     verb.add_argument("names", nargs="*", help="only the modules of these binaries")

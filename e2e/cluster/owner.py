@@ -40,11 +40,11 @@ def claim(file: Path, me: Path, *, take_over: bool) -> None:
 
 @contextmanager
 def only_one(lock: Path) -> Iterator[None]:
-    """`up` and `down` of all checkouts take turns."""
+    """Checkouts take turns at what a machine has one of."""
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("  waiting: another `up` or `down` is at work on this machine")
+            say("  waiting: another run of this tool is at work on this machine")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -58,4 +58,5 @@ class State:
 
 CLUSTER = State(Path("/var/lib/octavo-e2e"), Path("/run/octavo-e2e"))
 LOCK = Path("/run/octavo-e2e.lock")
+IMAGES_LOCK = Path("/run/octavo-e2e-images.lock")
 IMAGES_FILE = CLUSTER.root / "images.json"
