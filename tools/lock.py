@@ -6,7 +6,7 @@ import setup
 
 
 def main() -> None:
-    """dev.lock holds everything; the two images' locks are subsets of it, by constraint."""
+    """dev.lock holds everything; the other locks (images, build) are subsets, by constraint."""
     uv = setup.ensure_uv()
     common = (
         "pip",
@@ -23,7 +23,7 @@ def main() -> None:
     )
     folder = setup.ROOT / "requirements"
     setup.run(uv, *common, "--upgrade", "--extra", "dev", "-o", folder / "dev.lock")
-    for extra in ("server", "operator"):
+    for extra in ("server", "operator", "build"):
         lock = folder / f"{extra}.lock"
         lock.unlink(missing_ok=True)
         setup.run(uv, *common, "--extra", extra, "-c", folder / "dev.lock", "-o", lock)
