@@ -7,7 +7,9 @@ answer. Faults are injected by flags; every message received goes to a journal.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import math
 import os
 import signal
 import sys
@@ -19,7 +21,7 @@ import zmq
 
 from octavo import wire
 
-EOS = 1
+EOS = 3  # the tiny model's <|im_end|>
 
 
 @dataclass
@@ -76,7 +78,8 @@ class FakeEngine:
         while True:
             wait_ms = self.args.step_ms if self.running else 50
             deadline = time.monotonic() + wait_ms / 1000
-            while self.requests.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            # Rounded up, because a poll of 0 ms would not wait at all.
+            while self.requests.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
                 message = wire.to_engine_decoder.decode(self.requests.recv())
                 self.note(message)
                 if isinstance(message, wire.Stop):
@@ -175,7 +178,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.pid_file:
         args.pid_file.write_text(str(os.getpid()))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive a test
     engine = FakeEngine(args)
     engine.start()
     engine.run()

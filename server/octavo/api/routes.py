@@ -24,8 +24,14 @@ from octavo.metrics import CONTENT_TYPE
 
 def build_app(serving: Serving) -> FastAPI:
     """The application for one server."""
-    # No pages of documentation: they are not part of the OpenAI surface.
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    # No documentation pages (not part of the OpenAI surface), and nothing that calls home.
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
     _add_errors(app)
     _add_openai(app, serving)
     _add_probes(app, serving)

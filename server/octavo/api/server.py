@@ -282,8 +282,9 @@ class _Supervisor:
             await asyncio.sleep(POLL_S)
         self._client.stop()
         if self._process is not None:
-            healthy = self._life.state is State.DRAINING and not self._life.hung
-            await self._process.end(ENGINE_STOP_S if healthy and self._life.engine else 0)
+            # Only an engine that served and drained in time deserves patience.
+            clean = self._exit.done() and self._exit.result() == ExitCode.OK
+            await self._process.end(ENGINE_STOP_S if clean and self._life.engine else 0)
         self._http.should_exit = True
         await asyncio.gather(http, return_exceptions=True)
         for task in list(self._tasks):

@@ -1,0 +1,131 @@
+"""The whole server, nothing fake: the tiny model on the CPU, against transformers' greedy output."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from api_server import MODEL, ApiServer, eventually, running
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CHAT = "/v1/chat/completions"
+QUESTIONS = ["What is 12 + 7?", "Count from 5 to 30.", "Spell the word house.", "Who are you?"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    flags = ("--device", "cpu", "--num-kv-blocks", "256", "--num-threads", "1")
+    with running(tmp_path_factory.mktemp("real"), *flags, engine=None, ready=False) as server:
+        server.until_ready(90)
+        yield server
+
+
+@cache
+def oracle() -> tuple[Any, Any]:
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(MODEL), model
+
+
+def greedy(messages: list[dict[str, str]], max_tokens: int) -> tuple[str, int]:
+    """transformers' answer and the number of its tokens."""
+    tokenizer, model = oracle()
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    with torch.inference_mode():
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+        )[0, prompt.shape[1] :]
+    return tokenizer.decode(output, skip_special_tokens=True), len(output)
+
+
+def ask(server: ApiServer, question: str, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 120, **more}
+    answer = server.http.post(CHAT, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def stream_text(server: ApiServer, question: str) -> str:
+    messages = [{"role": "user", "content": question}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 120, "stream": True}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        chunks = client.chat.completions.create(model="tiny", **body)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+
+def test_a_sum_is_right(server: ApiServer) -> None:
+    answer = ask(server, "What is 12 + 7?")["choices"][0]
+    assert re.findall(r"\d+", answer["message"]["content"])[-1] == "19"
+    assert answer["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_answer_is_transformers_greedy_answer(server: ApiServer, question: str) -> None:
+    text, count = greedy([{"role": "user", "content": question}], 120)
+    answer = ask(server, question)
+    assert answer["choices"][0]["message"]["content"] == text
+    assert answer["usage"]["completion_tokens"] == count
+    assert stream_text(server, question) == text
+
+
+def test_answers_do_not_depend_on_company(server: ApiServer) -> None:
+    alone = [ask(server, q)["choices"][0]["message"]["content"] for q in QUESTIONS]
+    together: dict[str, str] = {}
+
+    def one(question: str) -> None:
+        together[question] = ask(server, question)["choices"][0]["message"]["content"]
+
+    threads = [threading.Thread(target=one, args=(q,)) for q in QUESTIONS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [together[q] for q in QUESTIONS] == alone
+
+
+def test_a_stop_string_frees_the_blocks(server: ApiServer) -> None:
+    answer = ask(server, "Count from 5 to 30.", stop=" 9")["choices"][0]
+    assert answer["message"]["content"].endswith("8,")
+    assert answer["stop_reason"] == " 9"
+
+    def idle() -> bool:
+        load = server.load()
+        return load["running"] == 0 and load["blocks"]["active"] == 0
+
+    eventually(idle, what="blocks free")
+
+
+def test_a_broken_model_is_told_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in MODEL.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes()[:100_000])
+    flags = ("--device", "cpu")
+    with running(tmp_path, *flags, engine=None, model=folder, ready=False) as server:
+        eventually(lambda: server.load()["state"] == "Failed", 60, "Failed")
+        failure = server.load()["failure"]
+        assert failure["retryable"] is False
+        assert "model.safetensors" in failure["message"]
+
+
+def test_the_engine_does_not_outlive_the_api(server: ApiServer) -> None:
+    """The last test of this file: it kills the server."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    (engine,) = [int(pid) for pid in children.read_text().split()]
+    os.kill(server.process.pid, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{engine}/cmdline").exists(), 5, "engine gone")
