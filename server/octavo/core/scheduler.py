@@ -4,7 +4,8 @@ Invariants, in reading order:
 
 - `running` is in order of admission. A sequence is cut short by the token budget only when it is
   the last admitted, so at most the last one is between two chunks of its prompt, and every other
-  gets its token each step.
+  gets its token each step. One is admitted only when all that run left budget over, so never more
+  run than a step has tokens for.
 - A sequence takes blocks from those admitted after it, never from those before it; the last one
   has nobody to take from and waits, keeping its blocks. So the first always moves on, and
   whatever was accepted fits into the pool alone: there is no deadlock and no livelock.
@@ -70,8 +71,6 @@ class Scheduler:
     """Plans steps over sequences and a block pool; knows neither model, device nor clock."""
 
     def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits) -> None:
-        # One token each for all that run must fit into a step, or the last would never move.
-        self.max_num_seqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self.max_len = min(limits.max_model_len, pool.num_blocks * limits.block_size)
         self.limits = limits
         self.pool = pool
@@ -155,14 +154,14 @@ class Scheduler:
                 break
             scheduled.append(self._schedule(sequence, count))
             budget -= count
-        if not preempted and not stalled:
+        if not stalled:
             self._admit(budget, scheduled)
         return StepPlan(sequences=tuple(scheduled), preempted=tuple(preempted))
 
     def _admit(self, budget: int, scheduled: list[ScheduledSequence]) -> None:
-        while budget > 0 and self._waiting and len(self._running) < self.max_num_seqs:
+        while budget > 0 and self._waiting and len(self._running) < self.limits.max_num_seqs:
             sequence = self._waiting.peek()
-            if self._running and self._admission_blocks(sequence) > self.pool.num_free:
+            if self._admission_blocks(sequence) > self.pool.num_free:
                 return  # those behind it wait too: the order is the policy's, not the size's
             self._waiting.pop()
             self._running[sequence.seq_id] = sequence
@@ -175,7 +174,8 @@ class Scheduler:
         """Blocks for its known tokens and for the output it is expected to grow by.
 
         By expectation, not by `max_tokens`: reserving the worst case leaves most of the cache
-        empty. Where the expectation is wrong, preemption corrects it.
+        empty. Where the expectation is wrong, preemption corrects it. Never more than the pool, as
+        growth ends at `max_new_tokens`; so with nothing running the next is always admitted.
         """
         growth = expected_growth(sequence, self.output_lengths.mean)
         return blocks_for(len(sequence.tokens) + growth, self.limits.block_size)

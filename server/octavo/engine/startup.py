@@ -112,7 +112,7 @@ def start(
         vocab_size=runner.vocab_size,
         block_size=config.block_size,
         num_kv_blocks=num_blocks,
-        max_num_seqs=scheduler.max_num_seqs,
+        max_num_seqs=limits.max_num_seqs,
         device=str(runner.device),
         dtype=runner.dtype_name,
         kv_bytes_per_block=runner.kv_bytes_per_block,

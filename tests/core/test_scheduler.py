@@ -1,0 +1,356 @@
+"""The scheduler's rules, one by one, on cases small enough to follow by hand."""
+
+import sys
+
+import pytest
+from fake_runner import FakeRunner, next_token
+
+from octavo.core.block_pool import BlockPool, IntegrityError
+from octavo.core.policy import PolicyFactory
+from octavo.core.scheduler import Limits, RequestError, Scheduler
+from octavo.core.step import NO_TOKEN
+from octavo.params import ParameterError, SamplingParams
+
+EOS = 3
+
+
+def scheduler(*, blocks=64, block_size=4, context=64, seqs=8, budget=32, policy="fcfs"):
+    limits = Limits(
+        block_size=block_size,
+        max_model_len=context,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        vocab_size=97,
+        eos_token_ids=frozenset({EOS}),
+    )
+    return Scheduler(BlockPool(blocks), PolicyFactory.get_policy(policy), limits)
+
+
+def params(max_tokens=4, **kwargs):
+    return SamplingParams(max_tokens=max_tokens, **kwargs)
+
+
+def step(engine, token=7):
+    """One step in which every sequence draws `token`."""
+    plan = engine.plan()
+    return plan, engine.commit(plan, [token for share in plan.sequences if share.samples])
+
+
+def run_dry(engine, token=7):
+    plans, updates = [], []
+    while engine.has_work:
+        plan, new = step(engine, token)
+        plans.append(plan)
+        updates += new
+    return plans, updates
+
+
+def shares(plan):
+    return [(s.seq_id, s.start, len(s.token_ids), s.samples) for s in plan.sequences]
+
+
+def test_a_long_prompt_runs_in_chunks_and_samples_once():
+    engine = scheduler(budget=8)
+    engine.add("a", [5] * 20, params(2))
+    plans, updates = run_dry(engine)
+    assert [shares(p) for p in plans] == [
+        [(0, 0, 8, False)],
+        [(0, 8, 8, False)],
+        [(0, 16, 4, True)],
+        [(0, 20, 1, True)],
+    ]
+    assert [u.token_ids for u in updates] == [[7], [7]]
+    assert [u.finish_reason for u in updates] == [None, "length"]
+
+
+def test_running_sequences_go_before_a_new_prompt():
+    engine = scheduler(budget=8)
+    engine.add("a", [5] * 4, params(9))
+    step(engine)
+    engine.add("b", [5] * 20, params(9))
+    assert shares(step(engine)[0]) == [(0, 4, 1, True), (1, 0, 7, False)]
+    assert shares(step(engine)[0]) == [(0, 5, 1, True), (1, 7, 7, False)]
+    assert shares(step(engine)[0]) == [(0, 6, 1, True), (1, 14, 6, True)]
+
+
+def test_the_table_grows_by_a_block_when_the_last_is_full():
+    engine = scheduler(block_size=4)
+    engine.add("a", [5] * 4, params(9))
+    sizes = [len(step(engine)[0].sequences[0].block_table) for _ in range(6)]
+    assert sizes == [1, 2, 2, 2, 2, 3]
+
+
+def test_admission_waits_for_the_expected_growth_not_for_the_worst_case():
+    engine = scheduler(blocks=16, block_size=4, context=64)
+    engine.output_lengths.mean = 12
+    for name in "abc":
+        engine.add(name, [5] * 8, params(56))
+    plan, _ = step(engine)
+    # Two blocks a prompt and three of growth. The worst case would let one in: 16 blocks each.
+    assert len(plan.sequences) == 3
+    engine.add("d", [5] * 20, params(30))
+    engine.add("e", [5] * 1, params(1))
+    plan, _ = step(engine)
+    assert len(plan.sequences) == 3, "7 free of 16, d needs 5 and 3 to grow"
+    assert engine.waiting_totals.count == 2, "and e does not overtake it"
+    assert engine.waiting_totals.blocks == 5 + 1
+
+
+def test_a_request_larger_than_expected_runs_when_it_is_alone():
+    engine = scheduler(blocks=4, block_size=4, context=64)
+    engine.add("a", [5] * 12, params(60))
+    _, updates = run_dry(engine)
+    assert sum(len(u.token_ids) for u in updates) == 4
+    assert updates[-1].finish_reason == "length"
+
+
+def test_the_last_admitted_is_preempted_and_replays_what_it_drew():
+    engine = scheduler(blocks=4, block_size=4, context=16)
+    engine.output_lengths.mean = 0
+    engine.add("a", [5] * 4, params(9))
+    engine.add("b", [6] * 4, params(9))
+    tokens = iter(range(10, 99))
+    drawn, preempted, replayed = {"a": [], "b": []}, [], []
+    while engine.has_work:
+        plan = engine.plan()
+        preempted += plan.preempted
+        replayed += [s.token_ids for s in plan.sequences if s.start == 0 and s.num_generated]
+        for update in engine.commit(plan, [next(tokens) for s in plan.sequences if s.samples]):
+            drawn[update.request_id] += update.token_ids
+    assert set(preempted) == {1}
+    assert replayed == [[6] * 4 + drawn["b"][: len(ids) - 4] for ids in replayed]
+    assert replayed, "never came back"
+    assert [len(v) for v in drawn.values()] == [9, 9]
+    assert engine.counters.preemptions == len(preempted)
+    assert engine.counters.prompt_tokens == 8, "a replay is not a new prompt"
+    assert engine.counters.generation_tokens == 18
+
+
+def test_the_last_keeps_its_blocks_and_waits_when_there_is_nobody_to_take_from():
+    engine = scheduler(blocks=3, block_size=4, context=12)
+    engine.output_lengths.mean = 0
+    engine.add("a", [5] * 5, params(2))
+    engine.add("b", [6] * 4, params(4))
+    assert len(step(engine)[0].sequences) == 2
+    plan, updates = step(engine)
+    assert [s.seq_id for s in plan.sequences] == [0]
+    assert (plan.preempted, engine.num_running) == ((), 1)
+    assert updates[0].finish_reason == "length"
+    assert shares(step(engine)[0]) == [(1, 4, 1, True)], "not from the start again"
+
+
+def test_nobody_is_admitted_into_the_blocks_that_the_last_waits_for():
+    engine = scheduler(blocks=8, block_size=4, budget=17)
+    engine.output_lengths.mean = 0
+    engine.add("a", [5] * 16, params(8))
+    engine.add("b", [6] * 16, params(8))
+    assert shares(step(engine)[0]) == [(0, 0, 16, True), (1, 0, 1, False)]
+    engine.add("c", [7], params(1))
+    plan, _ = step(engine)
+    # b needs three blocks more and two are free, where c would fit.
+    assert shares(plan) == [(0, 16, 1, True)]
+    assert (engine.pool.num_free, engine.waiting_totals.count) == (2, 1)
+
+
+def test_the_end_of_sequence_token_is_not_output():
+    engine = scheduler()
+    engine.add("a", [5], params(9))
+    step(engine)
+    _, (update,) = step(engine, EOS)
+    assert (update.token_ids, update.finish_reason, update.stop_token_id) == ([], "stop", EOS)
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("asked", "token", "lengths", "reason"),
+    [
+        (params(5, ignore_eos=True), EOS, 5, "length"),
+        (params(5, min_tokens=2), EOS, 2, "stop"),
+        (params(5, stop_token_ids=(9,)), 9, 0, "stop"),
+        (params(5, stop_token_ids=(9,), ignore_eos=True), 9, 0, "stop"),
+        (params(5, min_tokens=5), EOS, 5, "length"),
+        (params(None), 7, 63, "length"),
+    ],
+)
+def test_where_a_sequence_ends(asked, token, lengths, reason):
+    engine = scheduler(context=64)
+    engine.add("a", [5], asked)
+    _, updates = run_dry(engine, token)
+    assert sum(len(u.token_ids) for u in updates) == lengths
+    assert [u.finish_reason for u in updates if u.finish_reason] == [reason]
+
+
+def test_logits_that_are_not_numbers_end_one_request():
+    engine = scheduler()
+    engine.add("a", [5], params(3))
+    engine.add("b", [5], params(3))
+    plan = engine.plan()
+    bad, good = engine.commit(plan, [NO_TOKEN, 7])
+    assert (bad.finish_reason, bad.token_ids) == ("error", [])
+    assert "NaN after 1 tokens" in bad.error
+    assert good.token_ids == [7]
+    run_dry(engine)
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+REFUSED = [
+    ("a", [5], params(), RequestError, "id 'a' is already here"),
+    ("b", [], params(), RequestError, "the prompt has no tokens"),
+    ("b", [5] * 16, params(), RequestError, r"has 16 tokens; at most 15 .*context 64.*cache 16"),
+    ("b", [5, 97], params(), RequestError, r"token id 97 .* 0\.\.96"),
+    ("b", [5, -1], params(), RequestError, "token id -1"),
+    ("b", [5], params(temperature=3.0), ParameterError, "temperature must be in"),
+    ("b", [5], params(stop_token_ids=(97,)), ParameterError, "stop_token_ids holds 97"),
+]
+
+
+@pytest.mark.parametrize(("name", "prompt", "asked", "kind", "text"), REFUSED)
+def test_a_bad_request_is_refused_and_leaves_nothing_behind(name, prompt, asked, kind, text):
+    engine = scheduler(blocks=4, block_size=4)
+    engine.add("a", [5], params())
+    with pytest.raises(kind, match=text):
+        engine.add(name, prompt, asked)
+    assert engine.request_ids == ("a",)
+    run_dry(engine)
+    assert engine.pool.num_free == 4
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_abort_frees_everything_at_any_time(steps):
+    engine = scheduler(budget=8)
+    engine.add("a", [5] * 20, params(9))
+    for _ in range(steps):
+        step(engine)
+    assert engine.abort("a").finish_reason == "abort"
+    assert engine.abort("a") is None
+    assert not engine.has_work
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_a_sequence_aborted_between_plan_and_commit_is_passed_over():
+    engine = scheduler()
+    engine.add("a", [5], params(9))
+    engine.add("b", [5], params(9))
+    plan = engine.plan()
+    engine.abort("a")
+    (update,) = engine.commit(plan, [7, 8])
+    assert (update.request_id, update.token_ids) == ("b", [8])
+
+
+def test_no_more_run_than_a_step_has_tokens_for():
+    engine = scheduler(seqs=8, budget=3)
+    for i in range(6):
+        engine.add(str(i), [5], params(4))
+    plans, _ = run_dry(engine)
+    assert max(p.num_tokens for p in plans) == 3
+    assert all(len(p.sequences) <= 3 for p in plans)
+
+
+def test_first_tokens_come_in_order_of_arrival():
+    engine = scheduler(blocks=12, budget=8, seqs=4)
+    for i in range(20):
+        engine.add(str(i), [5] * (1 + i * 7 % 20), params(1 + i % 9))
+    _, updates = run_dry(engine)
+    firsts = list(dict.fromkeys(u.request_id for u in updates))
+    assert firsts == [str(i) for i in range(20)]
+
+
+def test_priority_goes_first_but_does_not_interrupt():
+    engine = scheduler(seqs=1, policy="priority")
+    for name, priority in (("run", 5), ("low", 5), ("high", -1), ("mid", 0)):
+        engine.add(name, [5], params(2), priority=priority)
+        if name == "run":
+            step(engine)
+    _, updates = run_dry(engine)
+    ends = [u.request_id for u in updates if u.finish_reason]
+    assert ends == ["run", "high", "mid", "low"]
+
+
+VARIATIONS = [
+    {"block_size": b, "budget": t, "blocks": n, "seqs": s}
+    for b, n in ((1, 64), (1, 600), (3, 24), (16, 4), (16, 64), (128, 8))
+    for t in (1, 7, 64)
+    for s in (1, 3, 8)
+]
+
+
+def test_tokens_depend_on_no_setting():
+    requests = [([i, 2 * i, 3 * i % 97][: 1 + i % 3] * (1 + i), 5 + 4 * i) for i in range(9)]
+    outputs, preemptions = [], 0
+    for variation in VARIATIONS:
+        engine = scheduler(context=64, **variation)
+        engine.output_lengths.mean = 0
+        for i, (prompt, max_tokens) in enumerate(requests):
+            engine.add(str(i), prompt, params(max_tokens, ignore_eos=True))
+        outputs.append(run_with_model(engine))
+        preemptions += engine.counters.preemptions
+    assert all(output == outputs[0] for output in outputs)
+    assert preemptions > 20, "the test means nothing without preemptions"
+    for i, (prompt, _) in enumerate(requests):
+        assert outputs[0][str(i)][0] == next_token(prompt, 97)
+
+
+def run_with_model(engine):
+    runner = FakeRunner(
+        "", device="", dtype="", max_model_len=64, block_size=engine.limits.block_size,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    runner.allocate_kv(engine.pool.num_blocks + 1)
+    outputs = {}
+    while engine.has_work:
+        plan = engine.plan()
+        for update in engine.commit(plan, runner.execute(plan)):
+            outputs.setdefault(update.request_id, []).extend(update.token_ids)
+    engine.check_integrity()
+    return outputs
+
+
+def python_calls(action):
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_a_quiet_decode_step_allocates_nothing_and_costs_few_calls():
+    def decoding(count):
+        engine = scheduler(blocks=4096, block_size=128, context=512, seqs=256, budget=4096)
+        for i in range(count):
+            engine.add(str(i), [5] * 8, params(400))
+        step(engine)
+        return engine
+
+    few, many = decoding(64), decoding(256)
+    before = many.pool.allocations
+    calls = [python_calls(lambda e=engine: step(e)) for engine in (few, many)]
+    assert many.pool.allocations == before
+    # Linear, at most ten calls a sequence, and next to nothing beside.
+    assert calls[1] <= 10 * 256 + 20
+    assert calls[1] - calls[0] == pytest.approx(192 * calls[1] / 256, rel=0.05)
+
+
+def test_allocations_are_exactly_the_blocks_that_were_needed():
+    engine = scheduler(blocks=200, block_size=4)
+    for i in range(8):
+        engine.add(str(i), [5] * (i + 1), params(10))
+    run_dry(engine)
+    # The last drawn token never enters the cache.
+    assert engine.pool.allocations == sum(-(-(i + 1 + 9) // 4) for i in range(8))
+
+
+def test_the_integrity_check_sees_a_lost_block():
+    engine = scheduler()
+    engine.add("a", [5], params(9))
+    step(engine)
+    engine.check_integrity()
+    next(iter(engine.running)).block_table.clear()
+    with pytest.raises(IntegrityError):
+        engine.check_integrity()

@@ -1,0 +1,192 @@
+"""The scheduler under random adds, aborts and steps, against running each request alone.
+
+The runner's next token is a pure function of the tokens it finds in its own cache through the block
+tables. So equality with the lonely run proves at once that outputs depend neither on batch mates,
+block size, chunks, budget nor preemption, and that no block was in two hands.
+"""
+
+import math
+
+from fake_runner import FakeRunner, next_token
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from octavo.core.block_pool import BlockPool
+from octavo.core.policy import PolicyFactory
+from octavo.core.scheduler import Limits, RequestError, Scheduler
+from octavo.core.sequence import blocks_for
+from octavo.params import SamplingParams
+
+VOCAB = 11
+EOS = 3
+CONTEXT = 40
+
+
+def alone(prompt, params, room):
+    """The whole output of one request, by the definition of each parameter."""
+    stops = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS})
+    limit = min(room, params.max_tokens or room)
+    output = []
+    while True:
+        token = next_token([*prompt, *output], VOCAB)
+        if token in stops and len(output) >= params.min_tokens:
+            return output, "stop", token
+        output.append(token)
+        if len(output) == limit:
+            return output, "length", None
+
+
+PARAMS = st.builds(
+    lambda max_tokens, least, stops, ignore_eos: SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min(least, max_tokens or CONTEXT),
+        stop_token_ids=tuple(stops),
+        ignore_eos=ignore_eos,
+    ),
+    st.one_of(st.none(), st.integers(1, 30)),
+    st.integers(0, 8),
+    st.lists(st.integers(0, VOCAB - 1), max_size=1),
+    st.booleans(),
+)
+PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=CONTEXT + 2)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        block_size=st.sampled_from([1, 2, 3, 16]),
+        num_blocks=st.integers(2, 14),
+        budget=st.integers(1, 24),
+        seqs=st.integers(1, 6),
+        policy=st.sampled_from(["fcfs", "priority"]),
+    )
+    def make(self, block_size, num_blocks, budget, seqs, policy):
+        limits = Limits(
+            block_size=block_size,
+            max_model_len=CONTEXT,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            vocab_size=VOCAB,
+            eos_token_ids=frozenset({EOS}),
+        )
+        self.policy = policy
+        self.limits = limits
+        self.pool = BlockPool(num_blocks)
+        self.scheduler = Scheduler(self.pool, PolicyFactory.get_policy(policy), limits)
+        self.runner = FakeRunner(
+            "", device="cpu", dtype="", max_model_len=CONTEXT, block_size=block_size,
+            progress=lambda *_: None,
+        )  # fmt: skip
+        self.runner.vocab_size = VOCAB
+        self.runner.allocate_kv(num_blocks + 1)
+        self.expected = {}
+        self.got = {}
+        self.ended = {}
+        self.added = 0
+
+    @rule(prompt=PROMPTS, params=PARAMS, priority=st.integers(-1, 1))
+    def add(self, prompt, params, priority):
+        name, room = f"r{self.added}", self.scheduler.max_len - len(prompt)
+        self.added += 1
+        try:
+            self.scheduler.add(name, prompt, params, priority=priority)
+        except RequestError:
+            assert room < 1, "refused although it would fit"
+            return
+        assert room >= 1
+        self.expected[name] = alone(prompt, params, room)
+        self.got[name] = []
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def abort(self, data):
+        name = data.draw(st.sampled_from(sorted(self.expected)))
+        update = self.scheduler.abort(name)
+        if name in self.ended:
+            assert update is None
+        else:
+            self.take(update)
+            assert self.ended[name] == "abort"
+
+    @rule(times=st.integers(1, 8))
+    def steps(self, times):
+        for _ in range(times):
+            self.step()
+
+    def step(self):
+        plan = self.scheduler.plan()
+        assert plan.num_tokens <= self.limits.max_num_batched_tokens
+        assert bool(plan.sequences) == self.scheduler.has_work, "work, and nobody moved"
+        self.check_plan(plan)
+        for update in self.scheduler.commit(plan, self.runner.execute(plan)):
+            self.take(update)
+
+    def check_plan(self, plan):
+        running = {s.seq_id: s for s in self.scheduler.running}
+        planned = [share.seq_id for share in plan.sequences]
+        assert len(set(planned)) == len(planned)
+        assert set(planned) <= set(running)
+        assert not set(plan.preempted) & set(planned)
+        assert planned[:1] == list(running)[:1], "the first admitted did not move"
+        for share in plan.sequences:
+            end = share.start + len(share.token_ids)
+            assert share.token_ids
+            assert share.block_table == running[share.seq_id].block_table
+            assert len(share.block_table) == blocks_for(end, self.limits.block_size)
+        chunked = [share.seq_id for share in plan.sequences if not share.samples]
+        assert chunked in ([], planned[-1:]), "only the last may be between chunks"
+
+    def take(self, update):
+        name = update.request_id
+        assert name not in self.ended, "an update after the last"
+        self.got[name] += update.token_ids
+        tokens, reason, stop = self.expected[name]
+        assert self.got[name] == tokens[: len(self.got[name])]
+        if update.finish_reason is not None:
+            self.ended[name] = update.finish_reason
+        if update.finish_reason in ("stop", "length"):
+            assert (self.got[name], update.finish_reason) == (tokens, reason)
+            assert update.stop_token_id == stop
+
+    @invariant()
+    def books_balance(self):
+        self.scheduler.check_integrity()
+        live = set(self.expected) - set(self.ended)
+        assert set(self.scheduler.request_ids) == live
+        assert self.scheduler.num_running <= min(
+            self.limits.max_num_seqs, self.limits.max_num_batched_tokens
+        )
+        running = list(self.scheduler.running)
+        waiting = list(self.scheduler._waiting)
+        assert len(running) + len(waiting) == len(live)
+        assert all(not s.block_table and not s.computed for s in waiting)
+        totals = self.scheduler.waiting_totals
+        assert totals.count == len(waiting)
+        assert totals.blocks == sum(
+            blocks_for(len(s.tokens), self.limits.block_size) for s in waiting
+        )
+        if self.policy == "fcfs":
+            order = [s.arrival for s in running]
+            assert order == sorted(order)
+            assert not waiting or max(order, default=-1) < min(s.arrival for s in waiting)
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        # The first admitted gets a token or a chunk of a prompt in every step, so each request ends
+        # within the steps that all would take one by one, replays included.
+        budget = self.limits.max_num_batched_tokens
+        bound = sum(CONTEXT + math.ceil(CONTEXT / budget) for _ in self.got) * 2
+        for _ in range(bound):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert set(self.ended) == set(self.expected), "a request without an end"
+        self.scheduler.check_integrity()
+        assert self.pool.num_free == self.pool.num_blocks
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=30, deadline=None
+)
+TestScheduler = SchedulerMachine.TestCase
