@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -95,10 +96,9 @@ def test_a_body_above_the_cap(server: ApiServer) -> None:
         for _ in range(1000):
             yield b" " * 65536
 
-    try:
+    # The server may also close the connection in the middle of the body: as good.
+    with contextlib.suppress(httpx.WriteError):
         refused(server.http.post(TEXT, content=endless(), headers=headers), 413)
-    except httpx.WriteError:
-        pass  # the server closed the connection in the middle of the body: as good
 
 
 WRONG_FIELDS = [
@@ -107,7 +107,8 @@ WRONG_FIELDS = [
     ("max_tokens", 10**30), ("min_tokens", -1), ("min_tokens", 10**9), ("temperature", -0.1),
     ("temperature", 2.1), ("temperature", "1"), ("temperature", []), ("top_p", 0), ("top_p", 1.1),
     ("top_k", -2), ("top_k", 1.5), ("seed", 2**63), ("seed", "x"), ("stop", 5), ("stop", ""),
-    ("stop", [""]), ("stop", ["a"] * 17), ("stop", "a" * 257), ("stop", [1]), ("stop", ["a"] * 10**5),
+    ("stop", [""]), ("stop", ["a"] * 17), ("stop", "a" * 257), ("stop", [1]),
+    ("stop", ["a"] * 10**5),
     ("stop_token_ids", [-1]), ("stop_token_ids", [2**40]), ("stop_token_ids", ["a"]),
     ("stop_token_ids", [5] * 129), ("ignore_eos", "no"), ("stream_options", {"include_usage": 3}),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The whole server, nothing fake: the tiny model on the CPU, against transformers' greedy output."""
+"""The whole server, nothing fake: the tiny model on the CPU, against transformers' greedy text."""
 
 from __future__ import annotations
 

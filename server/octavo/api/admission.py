@@ -25,10 +25,11 @@ class Admission:
         self.unfinished += count
         return True
 
-    def leave(self, count: int, seconds: float) -> None:
-        """Give places back after a request that took `seconds`."""
+    def leave(self, count: int, seconds: float | None) -> None:
+        """Give places back; `seconds` is how long the request ran, None if it never did."""
         self.unfinished -= count
-        self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
+        if seconds is not None:
+            self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
 
     def retry_after(self, slots: int) -> int:
         """Seconds after which a place is likely, given how many sequences run at once.

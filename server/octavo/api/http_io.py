@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -35,6 +35,8 @@ async def read_body(request: Request, decode: Callable[[bytes], T]) -> T:
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             raw = await _bounded(request)
+    except ClientDisconnect:
+        raise ApiError(400, "the client left in the middle of the body") from None
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
     if len(raw) > LARGE_BODY_BYTES:

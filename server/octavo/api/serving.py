@@ -133,7 +133,7 @@ class Serving:
             prompts = [_prompt(ids, body, engine, field) for ids in encoded]
             choices = [Choice(i, p, text.tokenizer) for i, p in enumerate(prompts)]
         except BaseException:
-            self._leave(count, 0.0)
+            self._leave(count, None)
             raise
         generation = Generation(
             f"{prefix}-{uuid4().hex}",
@@ -157,7 +157,7 @@ class Serving:
             retry_after=self.admission.retry_after(engine.max_num_seqs),
         )
 
-    def _leave(self, count: int, seconds: float) -> None:
+    def _leave(self, count: int, seconds: float | None) -> None:
         self.admission.leave(count, seconds)
         self.lifecycle.on_in_flight(self.engine.in_flight)
 

@@ -16,11 +16,21 @@ from octavo.api.generation import Delta, Usage
 
 DONE = b"data: [DONE]\n\n"
 _json = msgspec.json.Encoder().encode
+# Line breaks of Unicode are plain characters in JSON, but many clients cut lines at them.
+_LINE_BREAKS = tuple((c.encode(), b"\\u%04x" % ord(c)) for c in "\u0085\u2028\u2029")
 
 
 def error_event(body: bytes) -> bytes:
     """An error after the stream began; clients raise when they see it."""
     return b"data: " + body + b"\n\n"
+
+
+def _text(text: str) -> bytes:
+    """A JSON string that is one line for every client."""
+    raw = _json(text)
+    for char, escape in _LINE_BREAKS:
+        raw = raw.replace(char, escape)
+    return raw
 
 
 class Answer:
@@ -84,7 +94,7 @@ class _Form:
             b',"finish_reason":'
             + _json(delta.finish_reason)
             + b',"stop_reason":'
-            + _json(delta.stop_reason)
+            + (_text(stop) if isinstance(stop := delta.stop_reason, str) else _json(stop))
             + b"}"
         )
 
@@ -117,7 +127,7 @@ class ChatForm(_Form):
             self._begun.add(delta.index)
             opening = b',"delta":{"role":"assistant","content":""},"logprobs":null'
             role = self._event(index + opening + b',"finish_reason":null}', usage)
-        content = b'{"content":' + _json(delta.text) + b"}" if delta.text else b"{}"
+        content = b'{"content":' + _text(delta.text) + b"}" if delta.text else b"{}"
         choice = index + b',"delta":' + content + b',"logprobs":null' + self._ending(delta)
         return role + self._event(choice, usage)
 
@@ -147,7 +157,7 @@ class CompletionForm(_Form):
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         """The event for one delta."""
-        choice = b'{"index":%d,"text":' % delta.index + _json(delta.text) + b',"logprobs":null'
+        choice = b'{"index":%d,"text":' % delta.index + _text(delta.text) + b',"logprobs":null'
         return self._event(choice + self._ending(delta), usage)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:
