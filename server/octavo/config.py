@@ -221,7 +221,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_num_batched_tokens=args.max_num_batched_tokens,
         scheduling_policy=args.scheduling_policy,
         seed=args.seed,
-        num_threads=args.num_threads or cpu_limit(),
+        num_threads=cpu_limit() if args.num_threads is None else args.num_threads,
     )
     config = ServeConfig(
         engine=engine,
