@@ -30,15 +30,19 @@ RUN apt-get update -q \
       || apt-get install -y --no-install-recommends python3-dev; } \
  && rm -rf /var/lib/apt/lists/*
 
-# CMake's folder is kept between builds, so that a change of Python code compiles no C++.
-FROM compiler AS server-code
+# The compiled module first, from its own sources: a change of Python code compiles no C++.
+FROM compiler AS native
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
+RUN export PATH=/opt/tools/bin:$PATH \
+ && mkdir -p operator/octavo_operator server/octavo \
+ && pip wheel --no-index --no-deps --no-build-isolation --no-cache-dir -w /tmp/native .
+
+FROM native AS server-code
 COPY operator operator
 COPY server server
-RUN --mount=type=cache,target=/src/build \
-    PATH=/opt/tools/bin:$PATH \
+RUN export PATH=/opt/tools/bin:$PATH \
  && pip wheel --no-index --no-deps --no-build-isolation --no-cache-dir -w /tmp/dist . \
  && pip --python /opt/venv/bin/python install --root /staging --no-index --no-deps /tmp/dist/*.whl
 

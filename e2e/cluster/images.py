@@ -33,6 +33,9 @@ INPUTS = {
     "server": (*COMMON_INPUTS, "requirements/server.lock", "kernels", "e2e/tinymodel/model"),
     "operator": (*COMMON_INPUTS, "requirements/operator.lock", "kernels/octavo_kernels"),
 }
+# Time and mode of every file in a build's context: equal content gives equal layers, whatever
+# checkout it comes from and whenever that was cloned.
+MOMENT = 1_577_836_800
 IGNORED = {"__pycache__"}
 IGNORED_SUFFIXES = {".pyc", ".so"}
 
@@ -73,6 +76,20 @@ def content_tag(checkout: Path, inputs: Iterable[str], *extra: str) -> str:
         content = hashlib.sha256(path.read_bytes()).digest()
         digest.update(f"{path.relative_to(checkout)}\0".encode() + content)
     return digest.hexdigest()[:12]
+
+
+def snapshot(checkout: Path, inputs: Iterable[str], target: Path) -> None:
+    """Copy the inputs: what is hashed is what is built, also when somebody edits meanwhile."""
+    shutil.rmtree(target, ignore_errors=True)
+    for path in files(checkout, inputs):
+        copy = target / path.relative_to(checkout)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+        os.utime(copy, (MOMENT, MOMENT))
+    for folder in [target, *(p for p in target.rglob("*") if p.is_dir())]:
+        folder.chmod(0o755)
+        os.utime(folder, (MOMENT, MOMENT))
 
 
 def base_image() -> str:
@@ -120,7 +137,7 @@ def _ensure_base(name: str) -> None:
         _buildah("bud", "--isolation", "chroot", "--tag", name, str(folder))
 
 
-def _build(image: Image, base: str, name: str) -> None:
+def _build(image: Image, context: Path, base: str, name: str) -> None:
     """One target, with the machine's certificates and package index for the build only."""
     options = ["--isolation", "chroot", "--layers", "--target", image.target, "--tag", name]
     options += ["--build-arg", f"BASE_IMAGE={base}"]
@@ -130,7 +147,7 @@ def _build(image: Image, base: str, name: str) -> None:
         options += ["--build-arg", f"PIP_CERT={BUNDLE}"]
     if index := os.environ.get("PIP_INDEX_URL"):
         options += ["--build-arg", f"PIP_INDEX_URL={index}"]
-    _buildah("bud", *options, "--file", str(CHECKOUT / "Dockerfile"), str(CHECKOUT))
+    _buildah("bud", *options, str(context))
 
 
 def _push(name: str, reference: str) -> None:
@@ -167,12 +184,14 @@ def build_and_push(targets: list[str]) -> dict[str, str]:
 def _all(targets: list[str]) -> dict[str, str]:
     base, references = base_image(), recorded()
     for target in targets:
-        image = Image(target, content_tag(CHECKOUT, INPUTS[target], base))
+        context = cache_dir() / "buildah" / "context" / target
+        snapshot(CHECKOUT, INPUTS[target], context)
+        image = Image(target, content_tag(context, INPUTS[target], base))
         reference = image.reference(registry.ADDRESS)
         if registry.holds(image.repository, image.tag):
             say(f"  {reference} is there, unchanged")
         else:
-            _make(image, base, reference)
+            _make(image, context, base, reference)
         node = Node(CLUSTER)
         if node.runtime_answers():
             with step(f"{target}: on the node"):
@@ -182,12 +201,12 @@ def _all(targets: list[str]) -> dict[str, str]:
     return references
 
 
-def _make(image: Image, base: str, reference: str) -> None:
+def _make(image: Image, context: Path, base: str, reference: str) -> None:
     _buildah("rm", "--all")  # what an interrupted build left
     name = f"localhost/{image.repository}:{image.tag}"
     _ensure_base(base)
     with step(f"{image.target}: build"):
-        _build(image, base, name)
+        _build(image, context, base, name)
     with step(f"{image.target}: push"):
         moving = f"{registry.ADDRESS}/{image.repository}:dev"
         for target in (reference, moving):
