@@ -1,4 +1,8 @@
-"""The verbs of the cluster tool. Progress goes to standard error, results to standard output."""
+"""The verbs of the cluster tool. Progress goes to standard error, results to standard output.
+
+CLUSTER=current or CLUSTER=kind in the environment turn up, down, status, kubeconfig and images to
+a cluster that is not ours. OCTAVO_STEPS names a file that gets each step's seconds as JSON lines.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 
 from e2e.cluster import binaries, cluster, controlplane, doctor, images
 from e2e.cluster.errors import ClusterError
+from e2e.cluster.external import External, chosen
 
 MIN_PYTHON = (3, 11)
 
@@ -29,21 +34,37 @@ def _doctor(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _elsewhere() -> External | None:
+    """The cluster that CLUSTER names when it is not ours."""
+    kind = chosen()
+    return None if kind == "own" else External(kind)
+
+
 def _up(args: argparse.Namespace) -> None:
-    cluster.up(take_over=args.take_over)
-    print(cluster.kubeconfig())
+    other = _elsewhere()
+    if other:
+        other.up()
+    else:
+        cluster.up(take_over=args.take_over)
+    _kubeconfig(args)
 
 
 def _down(args: argparse.Namespace) -> None:
-    cluster.down(purge=args.purge)
+    other = _elsewhere()
+    if other:
+        other.down()
+    else:
+        cluster.down(purge=args.purge)
 
 
 def _status(args: argparse.Namespace) -> None:
-    sys.exit(0 if cluster.status() else 1)
+    other = _elsewhere()
+    sys.exit(0 if (other.answers() if other else cluster.status()) else 1)
 
 
 def _kubeconfig(args: argparse.Namespace) -> None:
-    print(cluster.kubeconfig())
+    other = _elsewhere()
+    print(other.kubeconfig() if other else cluster.kubeconfig())
 
 
 def _fake_gpus(args: argparse.Namespace) -> None:
@@ -51,7 +72,14 @@ def _fake_gpus(args: argparse.Namespace) -> None:
 
 
 def _images(args: argparse.Namespace) -> None:
-    references = images.build_and_push(args.targets or sorted(images.INPUTS))
+    other, targets = _elsewhere(), images.checked_targets(args.targets)
+    if args.recorded:
+        references = other.references() if other else images.recorded()
+        missing = set(targets) - set(references)
+        if missing:
+            raise ClusterError(f"no image of {', '.join(sorted(missing))} yet: run `images` first")
+    else:
+        references = other.images(targets) if other else images.build_and_push(targets)
     print(json.dumps(references, indent=1))
 
 
@@ -93,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("images", help="build, push and pull the images; prints their names")
     verb.add_argument("targets", nargs="*", help="server, operator; both by default")
+    verb.add_argument("--recorded", action="store_true", help="only print the last ones' names")
     verb.set_defaults(act=_images)
 
     verb = verbs.add_parser("binaries", help="build what is missing from the pinned Go modules")

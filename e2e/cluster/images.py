@@ -174,9 +174,6 @@ def build_and_push(targets: list[str]) -> dict[str, str]:
         raise ClusterError("no buildah: `apt-get install -y --no-install-recommends buildah`")
     if not registry.answers():
         raise ClusterError("the registry is not up: run `python3 e2e/cluster/cli.py up` first")
-    unknown = set(targets) - set(INPUTS)
-    if unknown:
-        raise ClusterError(f"no image is called {unknown.pop()}; there are {', '.join(INPUTS)}")
     with only_one(IMAGES_LOCK):
         return _all(targets)
 
@@ -216,8 +213,21 @@ def _make(image: Image, context: Path, base: str, reference: str) -> None:
 
 def recorded() -> dict[str, str]:
     """The references of the last `images`, by target."""
+    return read_references(IMAGES_FILE)
+
+
+def read_references(file: Path) -> dict[str, str]:
+    """References by target; none when there is no such file or it is torn."""
     try:
-        found = json.loads(IMAGES_FILE.read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
     return {target: reference for target, reference in found.items() if target in INPUTS}
+
+
+def checked_targets(names: list[str]) -> list[str]:
+    """The named images, or all."""
+    for name in names:
+        if name not in INPUTS:
+            raise ClusterError(f"no image is called {name}; there are {', '.join(INPUTS)}")
+    return names or sorted(INPUTS)
