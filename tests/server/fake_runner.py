@@ -86,3 +86,13 @@ def refusing(message_class="ModelError"):
 
 invalid_model = refusing("ModelError")
 retryable_failure = refusing("OctavoError")
+
+
+class LeakyRunner(FakeRunner):
+    """Reaches into the plan and gives a block away, as a bug in the core would."""
+
+    def execute(self, plan):
+        drawn = super().execute(plan)
+        if self.steps == 5:
+            plan.sequences[0].block_table.append(30)
+        return drawn

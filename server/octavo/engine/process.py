@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import gc
 import logging
+import math
 import os
 import signal
 import sys
@@ -51,7 +52,7 @@ class Link:
 
     def receive(self, timeout_s: float) -> list[wire.ToEngine]:
         """Everything that has come; waits up to `timeout_s` for a first message."""
-        if not self._requests.poll(int(timeout_s * 1000)):
+        if not self._requests.poll(math.ceil(timeout_s * 1000)):
             return []
         messages = []
         try:
@@ -75,7 +76,7 @@ class Server:
         self._loop = loop
         self._link = link
         self._parent = parent
-        self._next_load = 0.0
+        self._last_load = float("-inf")
         self._was_busy = False
         self._unchecked = False
 
@@ -94,7 +95,7 @@ class Server:
     def _patience(self) -> float:
         if self._loop.has_work:
             return 0.0
-        return max(0.0, self._next_load - time.monotonic())
+        return max(0.0, self._last_load + IDLE_LOAD_S - time.monotonic())
 
     def _take(self, message: wire.AddRequest | wire.AbortRequest) -> None:
         if isinstance(message, wire.AddRequest):
@@ -111,13 +112,13 @@ class Server:
         """Send the load when it is due, and at once when the last request ended."""
         now, busy = time.monotonic(), self._loop.has_work
         ended = self._was_busy and not busy
-        due = now >= self._next_load
+        due = now - self._last_load >= (BUSY_LOAD_S if busy else IDLE_LOAD_S)
         self._was_busy = busy
         self._unchecked |= busy
         if not due and not ended:
             return
         self._link.send(self._loop.load())
-        self._next_load = now + (BUSY_LOAD_S if busy else IDLE_LOAD_S)
+        self._last_load = now
         # After a quiet second, not at once: the check is O(blocks) and a next request may be near.
         if self._unchecked and not busy and not ended:
             self._loop.scheduler.check_integrity()
