@@ -9,11 +9,11 @@ from typing import Any
 
 from octavo_operator.drift import first_difference
 from octavo_operator.observed import Observed, Raw
-from octavo_operator.resources import Manifest, build_children
+from octavo_operator.resources import Manifest, build_children, labels
 from octavo_operator.status import Scaling, Trouble, build_status
 
 # How soon to look again at a name that another owner holds: no event tells when it is given up.
-NAME_TAKEN_RETRY_SECONDS = 10.0
+NAME_TAKEN_RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _taken(observed: Observed) -> Trouble | None:
         if live is None:
             continue
         owner = _controller(live)
-        if owner.get("uid") == observed.service.uid:
+        if owner.get("uid") == observed.service.uid or (not owner and _orphan(observed, live)):
             continue
         name = f"{live.get('kind', 'object')} {live['metadata']['name']}"
         if owner.get("kind") == "LLMService":
@@ -109,6 +109,11 @@ def _taken(observed: Observed) -> Trouble | None:
         )
         return Trouble("NameTaken", message, True)
     return None
+
+
+def _orphan(observed: Observed, live: Raw) -> bool:
+    """Made by this operator for a service of this name and then left without an owner: adopted."""
+    return labels(observed.service).items() <= (live["metadata"].get("labels") or {}).items()
 
 
 def _controller(live: Raw) -> Mapping[str, Any]:

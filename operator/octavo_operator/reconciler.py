@@ -25,7 +25,7 @@ CHILD_KINDS = ("Deployment", "Service")
 class ScalingSource(Protocol):
     """Who knows what the autoscaler wants."""
 
-    def scaling(self, uid: str) -> Scaling:
+    async def scaling(self, uid: str) -> Scaling:
         """What is wanted for this service now."""
 
     def stop(self, uid: str) -> None:
@@ -82,7 +82,7 @@ class Reconciler:
         observed = await self._observe(raw)
         plan = make_plan(
             observed,
-            self._scaler.scaling(uid),
+            await self._scaler.scaling(uid),
             self._default_image,
             self._now(),
             self._refusals.get(uid),

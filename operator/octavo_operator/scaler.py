@@ -37,6 +37,7 @@ class _Loop:
     samples: dict[str, Sample] = field(default_factory=dict)
     published_at: float = float("-inf")
     task: asyncio.Task[None] | None = None
+    read_once: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Scaler:
@@ -51,21 +52,28 @@ class Scaler:
         self._metrics = metrics
         self._loops: dict[str, _Loop] = {}
 
-    def scaling(self, uid: str) -> Scaling:
-        """What is known of a service now; its loop is started when it has none."""
-        if uid not in self._loops:
+    async def scaling(self, uid: str) -> Scaling:
+        """What is known of a service now; its loop is started when it has none.
+
+        Waits for the loop's first reading: a new operator process must not write what it merely
+        does not know yet.
+        """
+        loop = self._loops.get(uid)
+        if loop is None:
             raw = self._cache.service(uid)
             if raw is None:
                 return Scaling()
             loop = self._loops[uid] = _Loop(scaling=_remembered(raw))
             loop.task = asyncio.get_running_loop().create_task(self._run(uid, loop))
-        return self._loops[uid].scaling
+        await loop.read_once.wait()
+        return loop.scaling
 
     def stop(self, uid: str) -> None:
         """Stop reading a service."""
         loop = self._loops.pop(uid, None)
         if loop and loop.task:
             loop.task.cancel()
+            loop.read_once.set()
 
     async def close(self) -> None:
         """Stop all loops and wait until they have ended."""
@@ -87,6 +95,7 @@ class Scaler:
             except Exception:
                 # A loop that ends silently would freeze the count for good.
                 logger.exception("reading the replicas of %s/%s failed", *key_of(raw))
+            loop.read_once.set()
             await asyncio.sleep(interval)
 
     async def _tick(self, service: LLMService, raw: Raw, loop: _Loop) -> None:
@@ -103,7 +112,9 @@ class Scaler:
             scaling = replace(scaling, desired=None, last_decision=None, at_maximum=False)
         if scaling != loop.scaling:
             loop.scaling = scaling
-            self._changed(service.uid)
+            # Before the first reading is over somebody waits for it and will see this.
+            if loop.read_once.is_set():
+                self._changed(service.uid)
 
     async def _sample(self, pod: PodView, loop: _Loop) -> None:
         """Ask one replica; when it does not answer, its last sample stays and grows old."""

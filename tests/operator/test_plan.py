@@ -135,7 +135,7 @@ def foreign(owner: Json | None) -> Observed:
     found = observed()
     assert found.deployment
     deployment = copy.deepcopy(dict(found.deployment))
-    deployment["metadata"]["ownerReferences"] = [owner] if owner else []
+    deployment["metadata"] |= {"ownerReferences": [owner] if owner else [], "labels": {}}
     return replace(found, deployment=deployment)
 
 
@@ -151,6 +151,16 @@ def test_an_object_of_somebody_else_is_left_alone() -> None:
         assert (stalled["status"], stalled["reason"]) == ("True", "NameTaken")
         assert f"belongs to {holder}" in stalled["message"]
         assert "rename" in stalled["message"]
+
+
+def test_an_orphan_of_ours_is_adopted() -> None:
+    """After `kubectl delete --cascade=orphan` and a new service of the same name."""
+    found = observed()
+    assert found.deployment
+    deployment = copy.deepcopy(dict(found.deployment))
+    del deployment["metadata"]["ownerReferences"]
+    (apply,) = plan(replace(found, deployment=deployment)).applies
+    assert apply.reason == "metadata.ownerReferences differs"
 
 
 def test_children_of_a_deleted_service_of_the_same_name_are_waited_for() -> None:

@@ -261,9 +261,19 @@ class Operator:
 
     def _run(self, arguments: Json) -> None:
         try:
-            asyncio.run(kopf.operator(**arguments))
+            asyncio.run(self._main(arguments))
         except BaseException as error:
             self._failure.append(error)
+
+    async def _main(self, arguments: Json) -> None:
+        self._loop = asyncio.get_running_loop()
+        await kopf.operator(**arguments)
+        # kopf closes its TLS connections without waiting for the last bytes.
+        await asyncio.sleep(0.1)
+
+    def wake(self, uid: str) -> None:
+        """Have a service reconciled, from the thread of the test."""
+        self._loop.call_soon_threadsafe(self.app.wake, uid)
 
     def count(self, name: str, **labels: str) -> float:
         """A counter's sum over all series with these labels."""
