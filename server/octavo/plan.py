@@ -50,14 +50,15 @@ def blocks_for_tokens(tokens: int, block_size: int) -> int:
 def num_blocks(available_bytes: int, shape: KvShape, block_size: int, max_model_len: int) -> int:
     """Blocks that fit; raises when not even one sequence of the longest length would."""
     per_block = kv_bytes_per_block(shape, block_size)
-    fitting = max(0, available_bytes) // per_block
+    available = max(0, available_bytes)
+    fitting = available // per_block
     needed = blocks_for_tokens(max_model_len, block_size)
     if fitting < needed:
         most = fitting * block_size
         remedy = f"set --max-model-len to at most {most}" if most else "give the server more memory"
         raise DoesNotFitError(
             f"one sequence of {max_model_len} tokens needs {needed} KV blocks "
-            f"({needed * per_block / MIB:.1f} MiB), but {available_bytes / MIB:.1f} MiB hold only "
+            f"({needed * per_block / MIB:.1f} MiB), but {available / MIB:.1f} MiB hold only "
             f"{fitting}; {remedy}"
         )
     return fitting

@@ -1,0 +1,82 @@
+"""The memory plan: arithmetic that both halves rely on, with imports the operator can afford."""
+
+import subprocess
+import sys
+
+import llama_checkpoints
+import pytest
+import torch
+
+from octavo import plan
+from octavo.errors import DoesNotFitError
+
+LLAMA_8B = plan.KvShape(num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+
+
+def test_llama_3_8b_takes_128_kib_a_token() -> None:
+    assert LLAMA_8B.bytes_per_token == 128 * 1024
+    assert plan.kv_bytes_per_block(LLAMA_8B, 16) == 2 * plan.MIB
+
+
+def test_block_bytes_are_those_of_the_pool_that_is_allocated() -> None:
+    for dtype in plan.DTYPE_BYTES:
+        shape = plan.KvShape(3, 5, 64, dtype)
+        pool = torch.empty((3, 2, 7, 8, 5, 64), dtype=getattr(torch, dtype), device="meta")
+        assert pool.nbytes == 7 * plan.kv_bytes_per_block(shape, 8)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (4096, 256)])
+def test_blocks_for_tokens(tokens, blocks) -> None:
+    assert plan.blocks_for_tokens(tokens, 16) == blocks
+
+
+def test_num_blocks_fills_what_there_is() -> None:
+    assert plan.num_blocks(10 * 2 * plan.MIB + 5, LLAMA_8B, 16, 160) == 10
+
+
+def test_too_little_memory_is_told_with_numbers_and_a_remedy() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        plan.num_blocks(10 * 2 * plan.MIB, LLAMA_8B, 16, 161)
+    assert str(caught.value) == (
+        "one sequence of 161 tokens needs 11 KV blocks (22.0 MiB), but 20.0 MiB hold only 10; "
+        "set --max-model-len to at most 160"
+    )
+    with pytest.raises(DoesNotFitError, match=r"but 0\.0 MiB hold only 0; give the server more"):
+        plan.num_blocks(-5, LLAMA_8B, 16, 161)
+    # The remedy works.
+    assert plan.num_blocks(10 * 2 * plan.MIB, LLAMA_8B, 16, 160) == 10
+
+
+def test_weights_bytes_come_from_the_headers(tmp_path) -> None:
+    folder = llama_checkpoints.write(tmp_path, dtype=torch.bfloat16, shards=2)
+    tensors = llama_checkpoints.tensors(llama_checkpoints.config(), dtype=torch.bfloat16)
+    stored = sum(t.nbytes for t in tensors.values())
+    assert plan.weights_bytes(folder) == stored
+    assert plan.weights_bytes(folder, "float32") == 2 * stored
+
+
+def test_a_host_pool_is_modest_unless_all_is_asked_for() -> None:
+    assert plan.host_pool_bytes(64 * plan.GIB, 0.9) == plan.GIB
+    assert plan.host_pool_bytes(64 * plan.GIB, 1.0) == 64 * plan.GIB - plan.HOST_RESERVE_BYTES
+    small = plan.HOST_RESERVE_BYTES + 100 * plan.MIB
+    assert plan.host_pool_bytes(small, 0.5) == 50 * plan.MIB
+    assert plan.host_pool_bytes(plan.MIB, 0.9) == 0
+
+
+def test_a_device_pool_leaves_the_rest_of_the_device_alone() -> None:
+    total, weights = 100 * plan.GIB, 16 * plan.GIB
+    assert plan.device_pool_bytes(total, total - weights, 0.9) == pytest.approx(74 * plan.GIB)
+    assert plan.device_pool_bytes(total, 5 * plan.GIB, 0.9) == 0
+
+
+def test_the_plan_needs_only_the_standard_library() -> None:
+    program = (
+        "import sys; import octavo.plan; "
+        "heavy = {'torch', 'numpy', 'msgspec', 'transformers'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30,
+        env={"PYTHONPATH": str(next(p for p in sys.path if p.endswith("server")))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
