@@ -19,6 +19,15 @@ TINY_MODEL = Path(__file__).resolve().parents[2] / "e2e/tinymodel/model"
 GREEDY = SamplingParams(temperature=0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from a second thread, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Sequence:
     """A sequence on its own blocks: what it knows, and how much of it the cache holds."""
 
