@@ -299,35 +299,45 @@ def unfinished(server: ApiServer) -> set[str]:
     return added - {line["id"] for line in seen if line["kind"] == "AbortRequest"}
 
 
+@pytest.fixture(scope="module")
+def slow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    folder = tmp_path_factory.mktemp("slow")
+    with running(folder, "--max-queue", "3", engine=["--step-ms", "20"]) as server:
+        yield server
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_is_aborted_in_the_engine(tmp_path: Any, stream: bool) -> None:
-    with running(tmp_path, engine=["--step-ms", "20"]) as server:
-        body = {"prompt": ["one two", "three"], "stream": stream}
-        if stream:
-            with server.http.stream("POST", "/v1/completions", json=body) as answer:
-                pieces = answer.iter_raw()
-                next(pieces)
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                server.http.post("/v1/completions", json=body, timeout=0.3)
-        eventually(lambda: len(server.journal()) >= 4, what="two adds, two aborts")
-        assert unfinished(server) == set()
-        eventually(lambda: server.load()["running"] == 0, what="idle engine")
-
-
-def test_the_queue_is_bounded(tmp_path: Any) -> None:
-    with running(tmp_path, "--max-queue", "3", engine=["--step-ms", "20"]) as server:
-        body = {"prompt": ["a", "b", "c"], "stream": True}
+def test_a_client_that_leaves_is_aborted_in_the_engine(
+    slow_server: ApiServer, stream: bool
+) -> None:
+    server, before = slow_server, len(slow_server.journal())
+    body = {"prompt": ["one two", "three"], "stream": stream}
+    if stream:
         with server.http.stream("POST", "/v1/completions", json=body) as answer:
-            pieces = answer.iter_raw()  # kept: a collected iterator closes the connection
-            next(pieces)
-            refused = post(server, "/v1/completions", prompt="d")
-            assert refused.status_code == 429
-            assert 1 <= int(refused.headers["retry-after"]) <= 30
-            error = refused.json()["error"]
-            assert (error["type"], error["code"]) == ("RateLimitError", 429)
-            assert "3 of 3" in error["message"]
-        eventually(
-            lambda: post(server, "/v1/completions", prompt="d", max_tokens=1).status_code == 200,
-            what="places given back",
-        )
+            next(answer.iter_raw())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            server.http.post("/v1/completions", json=body, timeout=0.3)
+    eventually(lambda: len(server.journal()) >= before + 4, what="two adds, two aborts")
+    assert unfinished(server) == set()
+    eventually(lambda: server.load()["running"] == 0, what="idle engine")
+
+
+def test_the_queue_is_bounded(slow_server: ApiServer) -> None:
+    body = {"prompt": ["a", "b", "c"], "stream": True}
+    with slow_server.http.stream("POST", "/v1/completions", json=body) as answer:
+        pieces = answer.iter_raw()  # kept: a collected iterator closes the connection
+        next(pieces)
+        refused = post(slow_server, "/v1/completions", prompt="d")
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        error = refused.json()["error"]
+        assert (error["type"], error["code"]) == ("RateLimitError", 429)
+        assert "3 of 3" in error["message"]
+    del pieces
+
+    def admitted() -> bool:
+        answer = post(slow_server, "/v1/completions", prompt="d", max_tokens=1)
+        return answer.status_code == 200
+
+    eventually(admitted, what="places given back")

@@ -116,6 +116,9 @@ class EngineClient:
             if isinstance(message, Outputs):
                 self._deliver(message, time.monotonic())
             yield message
+            # A receive that finds a message does not pause; without this, a fast engine would
+            # keep the owners of its outputs from ever running.
+            await asyncio.sleep(0)
 
     def close(self) -> None:
         """Close both sockets."""
