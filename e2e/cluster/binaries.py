@@ -81,7 +81,6 @@ def modules() -> list[Module]:
             {n: f"{containerd}/{n}" for n in ("containerd", "containerd-shim-runc-v2", "ctr")},
         ),
         Module("runc", {"runc": "github.com/opencontainers/runc"}, tags="seccomp", cgo=True),
-        Module("crane", {"crane": "github.com/google/go-containerregistry/cmd/crane"}),
         Module("coredns", {"coredns": "."}),
         Module("helm", {"helm": "helm.sh/helm/v4/cmd/helm"}),
     ]

@@ -12,13 +12,12 @@ from e2e.cluster.api import Api
 from e2e.cluster.controlplane import BRIDGE_ADDRESS, ControlPlane
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.node import Node
-from e2e.cluster.paths import CHECKOUT, CLUSTER, LOCK
+from e2e.cluster.paths import CHECKOUT, CLUSTER, LOCK, OWNER_FILE
 from e2e.cluster.processes import Daemon
 from e2e.cluster.steps import say, step, wait_until
 
 PLANE = ControlPlane(CLUSTER, whole=True)
 NODE = Node(CLUSTER)
-OWNER = CLUSTER.root / "owner"
 FORMER_SYSCTLS = CLUSTER.root / "former-sysctls.json"
 
 
@@ -36,7 +35,7 @@ def up(*, take_over: bool) -> None:
         )
     binaries.build()
     with owner.only_one(LOCK):
-        owner.claim(OWNER, CHECKOUT, take_over=take_over)
+        owner.claim(OWNER_FILE, CHECKOUT, take_over=take_over)
         CLUSTER.prepare()
         with step("bridge and control groups"):
             network.up(FORMER_SYSCTLS)
@@ -68,16 +67,14 @@ def _start_runtime() -> None:
 def _start_registry() -> None:
     with step("image registry"):
         daemon = registry.daemon()
-        if not processes.running(daemon, CLUSTER.root) and registry.answers():
+        if daemon.name not in processes.daemons(CLUSTER.root) and registry.answers():
             raise ClusterError(
                 f"something else serves on {registry.ADDRESS}, where the image registry must be: "
                 f"find it with `ss -ltnp 'sport = :{registry.PORT}'` and end it"
             )
-        started = _start(daemon)
+        _start(daemon)
         death = processes.obituary(daemon, CLUSTER.root, CLUSTER.logs)
         wait_until(registry.answers, "the image registry", timeout=20, alive=death)
-        if started:
-            registry.restore()
 
 
 def _start_rest(api: Api) -> None:
@@ -123,7 +120,7 @@ def down(*, purge: bool) -> None:
         with step("network"):
             network.down(FORMER_SYSCTLS)
         shutil.rmtree(CLUSTER.run, ignore_errors=True)
-        OWNER.unlink(missing_ok=True)
+        OWNER_FILE.unlink(missing_ok=True)
         if purge:
             with step("state removed"):
                 shutil.rmtree(CLUSTER.root)
@@ -132,18 +129,15 @@ def down(*, purge: bool) -> None:
 
 def status() -> bool:
     """Print what runs; true when the node can run pods."""
-    found = {p.name: p.pid for p in processes.of_state(CLUSTER.root) if p.name in p.argv[0]}
+    found = {name: process.pid for name, process in processes.daemons(CLUSTER.root).items()}
     names = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "containerd"]
-    names += ["kubelet", "kube-proxy", "coredns"]
+    names += ["kubelet", "kube-proxy", "coredns", "registry"]
     for name in names:
         print(f"{name:<26}{found.get(name, 'not running')}")
-    print(
-        f"{'registry ' + registry.ADDRESS:<26}{'serves' if registry.answers() else 'not running'}"
-    )
     api = PLANE.api()
     ready = api is not None and api.ready() and NODE.ready(api)
     print(f"{'node':<26}{'Ready' if ready else 'not Ready'}")
-    print(f"{'owner':<26}{OWNER.read_text().strip() if OWNER.exists() else 'nobody'}")
+    print(f"{'owner':<26}{OWNER_FILE.read_text().strip() if OWNER_FILE.exists() else 'nobody'}")
     print(f"{'kubeconfig':<26}{CLUSTER.kubeconfig if CLUSTER.kubeconfig.exists() else 'none'}")
     return ready and all(name in found for name in names)
 

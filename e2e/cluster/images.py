@@ -18,8 +18,8 @@ from pathlib import Path
 from e2e.cluster import registry
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.node import Node
-from e2e.cluster.owner import only_one
-from e2e.cluster.paths import CHECKOUT, CLUSTER, IMAGES_FILE, IMAGES_LOCK, cache_dir
+from e2e.cluster.owner import only_one, require
+from e2e.cluster.paths import CHECKOUT, CLUSTER, IMAGES_FILE, IMAGES_LOCK, OWNER_FILE, cache_dir
 from e2e.cluster.pki import write_private
 from e2e.cluster.steps import say, step
 
@@ -170,6 +170,7 @@ def build_and_push(targets: list[str]) -> dict[str, str]:
     """References by target, recorded in images.json of the cluster's state."""
     if os.geteuid():
         raise ClusterError("images are built by root (buildah, overlay mounts): use sudo")
+    require(OWNER_FILE, CHECKOUT)
     if not shutil.which("buildah"):
         raise ClusterError("no buildah: `apt-get install -y --no-install-recommends buildah`")
     if not registry.answers():
@@ -205,10 +206,8 @@ def _make(image: Image, context: Path, base: str, reference: str) -> None:
     with step(f"{image.target}: build"):
         _build(image, context, base, name)
     with step(f"{image.target}: push"):
-        moving = f"{registry.ADDRESS}/{image.repository}:dev"
-        for target in (reference, moving):
-            _push(name, target)
-            registry.remember(image.repository, target.rpartition(":")[2])
+        _push(name, reference)
+        _push(name, f"{registry.ADDRESS}/{image.repository}:dev")
 
 
 def recorded() -> dict[str, str]:

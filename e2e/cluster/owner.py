@@ -24,14 +24,21 @@ def former_owner(file: Path, me: Path) -> Path | None:
     return owner if owner != me and owner.is_dir() else None
 
 
-def claim(file: Path, me: Path, *, take_over: bool) -> None:
-    """Become the owner, or say who is and how to go on."""
+def require(file: Path, me: Path) -> None:
+    """ClusterError when another checkout owns the cluster: whose it is and how to go on."""
     owner = former_owner(file, me)
-    if owner and not take_over:
+    if owner:
         raise ClusterError(
             f"this machine's cluster belongs to the checkout {owner}. Go on there, or end it with "
             f"`python3 {owner}/e2e/cluster/cli.py down`, or take it as it is with `up --take-over`"
         )
+
+
+def claim(file: Path, me: Path, *, take_over: bool) -> None:
+    """Become the owner, where nobody is or one that gives way."""
+    if not take_over:
+        require(file, me)
+    owner = former_owner(file, me)
     if owner:
         say(f"  taking over the cluster of {owner}")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -58,5 +58,6 @@ class State:
 
 CLUSTER = State(Path("/var/lib/octavo-e2e"), Path("/run/octavo-e2e"))
 LOCK = Path("/run/octavo-e2e.lock")
+OWNER_FILE = CLUSTER.root / "owner"
 IMAGES_LOCK = Path("/run/octavo-e2e-images.lock")
 IMAGES_FILE = CLUSTER.root / "images.json"

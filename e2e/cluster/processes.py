@@ -72,12 +72,24 @@ def running(daemon: Daemon, state: Path) -> Process | None:
     return next((p for p in of_state(state) if p.argv == daemon.argv), None)
 
 
+def daemons(state: Path) -> dict[str, Process]:
+    """The daemons by name, without their children: each was started as head of a session."""
+    return {p.name: p for p in of_state(state) if _session(p.pid) == p.pid}
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
 def ensure(daemon: Daemon, state: Path, logs: Path) -> bool:
     """Start the daemon unless it runs; one with another command line is replaced. True: started."""
     if running(daemon, state):
         return False
-    program = daemon.argv[0]
-    stop(p for p in of_state(state) if p.name == daemon.name and p.argv[0] == program)
+    former = daemons(state).get(daemon.name)
+    stop([former] if former else [])
     environment = os.environ | daemon.env | {MARK: str(state), NAME: daemon.name}
     log = logs / f"{daemon.name}.log"
     if log.exists():
