@@ -17,8 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cluster_access import connect
-
-from deployments import PREFIX, RELEASE, SYSTEM_NAMESPACE, Bench
+from deployments import PREFIX, RELEASE, SYSTEM_NAMESPACE, Bench, make_room, suite_namespaces
 from kube import Cluster, ClusterError
 
 
@@ -30,10 +29,12 @@ def cluster() -> Iterator[Cluster]:
     except ClusterError as error:
         pytest.exit(f"no cluster to test on: {error}", returncode=3)
     try:
-        _make_room(found)
+        make_room(found, RELEASE)
+        for name in suite_namespaces(found):
+            found.kubectl("delete", "namespace", name, timeout=180)
         found.install_chart(RELEASE, SYSTEM_NAMESPACE)
         yield found
-        found.remove_release(RELEASE, SYSTEM_NAMESPACE, *_leftovers(found))
+        found.remove_release(RELEASE, SYSTEM_NAMESPACE, *suite_namespaces(found))
     finally:
         found.close()
 
@@ -47,28 +48,6 @@ def bench(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Bench]:
     cluster.ensure_namespace(made.namespace)
     yield made
     made.close()
-
-
-def _make_room(cluster: Cluster) -> None:
-    """Two operators would fight: our own cluster is cleared, anybody else's is left alone."""
-    for release, namespace in cluster.releases():
-        if not cluster.own and release != RELEASE:
-            pytest.exit(
-                f"release {release} in namespace {namespace} is an Octavo too, and two operators "
-                f"would fight; uninstall it first, or test on another cluster",
-                returncode=3,
-            )
-        print(f"removing release {release} of namespace {namespace}")
-        demo = ("octavo-demo",) if release == "octavo" else ()
-        cluster.remove_release(release, namespace, *demo, *_leftovers(cluster))
-    for name in _leftovers(cluster):
-        cluster.kubectl("delete", "namespace", name, "--timeout=120s", timeout=130)
-
-
-def _leftovers(cluster: Cluster) -> list[str]:
-    """Test namespaces that are still there."""
-    names = [found["metadata"]["name"] for found in cluster.items("/api/v1/namespaces")]
-    return [name for name in names if name.startswith(PREFIX) and name != SYSTEM_NAMESPACE]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,13 +20,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster_access import bring_up, build_images, connect
-from deployments import SHORT_WINDOWS, SMALL_POOL, Bench
+from deployments import (
+    DEMO_NAMESPACE,
+    DEMO_RELEASE,
+    DEMO_SYSTEM_NAMESPACE,
+    SHORT_WINDOWS,
+    SMALL_POOL,
+    Bench,
+    make_room,
+)
 from kube import ROOT, ClusterError, wait_until
 from load import Load, RequestFailedError, Tally, stream_answer
 from scaling import ScaleWatch, Story
 from tinymodel import tasks
 
-RELEASE, SYSTEM_NAMESPACE, NAMESPACE, NAME = "octavo", "octavo-system", "octavo-demo", "tiny"
+NAME = "tiny"
 EXAMPLE = ROOT / "docs" / "examples" / "llmservice.yaml"
 RESULT = ROOT / "benchmarks" / "results" / "demo.json"
 LOW, HIGH = 1, 3
@@ -108,9 +116,9 @@ def apply_and_ask(bench: Bench, steps: Steps, result: dict[str, Any]) -> None:
     """Apply the example, wait for Ready, ask: the way of a user, with a clock beside it."""
     with steps.step("apply docs/examples/llmservice.yaml and wait for Ready"):
         bench.close()  # what an earlier demo left
-        bench.cluster.ensure_namespace(NAMESPACE)
+        bench.cluster.ensure_namespace(DEMO_NAMESPACE)
         began = time.monotonic()
-        bench.cluster.kubectl("apply", "--namespace", NAMESPACE, "-f", str(EXAMPLE))
+        bench.cluster.kubectl("apply", "--namespace", DEMO_NAMESPACE, "-f", str(EXAMPLE))
         bench.wait_ready(NAME, timeout=300)
         show(bench, steps)
     with steps.step("ask through the Service, streamed"):
@@ -129,7 +137,7 @@ def shrink(bench: Bench) -> None:
     bench.patch(NAME, {"engine": SMALL_POOL, "autoscaling": SHORT_WINDOWS})
     wait_until(lambda: bench.settled(NAME, LOW), "the small pool is rolled out", timeout=180)
     (pod,) = bench.pods(NAME)
-    load = bench.cluster.load(NAMESPACE, pod["metadata"]["name"]) or {}
+    load = bench.cluster.load(DEMO_NAMESPACE, pod["metadata"]["name"]) or {}
     if (load.get("blocks") or {}).get("total") != SMALL_POOL["numKvBlocks"]:
         raise ClusterError(f"the pool is not the small one: {load}")
 
@@ -143,7 +151,7 @@ def scale(bench: Bench, steps: Steps) -> tuple[Story, Tally]:
             show(bench, steps)
 
     load = Load(bench.url(NAME), NAME, COUNTS, clients=CLIENTS)
-    watch = ScaleWatch(bench.cluster, NAMESPACE, NAME, say).start()
+    watch = ScaleWatch(bench.cluster, DEMO_NAMESPACE, NAME, say).start()
     try:
         with steps.step(f"load of {CLIENTS} clients: {LOW} → {HIGH} replicas"):
             load.start()
@@ -170,7 +178,7 @@ def scale(bench: Bench, steps: Steps) -> tuple[Story, Tally]:
 
 def show(bench: Bench, steps: Steps) -> None:
     """What a user sees."""
-    for line in bench.cluster.kubectl("get", "llmsvc", "--namespace", NAMESPACE).splitlines():
+    for line in bench.cluster.kubectl("get", "llmsvc", "--namespace", DEMO_NAMESPACE).splitlines():
         steps.say(f"    {line}")
 
 
@@ -193,7 +201,7 @@ def go_on(bench: Bench) -> None:
     print(f"""
 It is yours:
   export KUBECONFIG={cluster.kubeconfig or "(your current context)"}
-  {cluster.kubectl_path} get llmsvc,pods --namespace {NAMESPACE}
+  {cluster.kubectl_path} get llmsvc,pods --namespace {DEMO_NAMESPACE}
   curl -s {bench.url(NAME)}/v1/chat/completions \\
     -H 'content-type: application/json' \\
     -d '{{"model": "{NAME}", "messages": [{{"role": "user", "content": "Spell the word river."}}]}}'
@@ -210,14 +218,9 @@ def run_demo(steps: Steps, result: dict[str, Any]) -> list[str]:
     cluster = connect()
     try:
         with steps.step("chart installed, operator running"):
-            for release, namespace in cluster.releases():
-                if (release, namespace) != (RELEASE, SYSTEM_NAMESPACE):
-                    raise ClusterError(
-                        f"release {release} in namespace {namespace} is an Octavo too, and two "
-                        f"operators would fight: helm uninstall {release} -n {namespace}"
-                    )
-            cluster.install_chart(RELEASE, SYSTEM_NAMESPACE)
-        bench = Bench(cluster, NAMESPACE)
+            make_room(cluster, DEMO_RELEASE)
+            cluster.install_chart(DEMO_RELEASE, DEMO_SYSTEM_NAMESPACE)
+        bench = Bench(cluster, DEMO_NAMESPACE)
         apply_and_ask(bench, steps, result)
         with steps.step("small block pool and short windows, for the sake of watching"):
             shrink(bench)

@@ -13,6 +13,7 @@ from kube import Cluster, ClusterError, Json, alive, conditions, is_ready, wait_
 
 RELEASE, SYSTEM_NAMESPACE = "octavo-e2e", "octavo-e2e-system"
 PREFIX = "octavo-e2e-"
+DEMO_RELEASE, DEMO_SYSTEM_NAMESPACE, DEMO_NAMESPACE = "octavo", "octavo-system", "octavo-demo"
 TINY = "file:///opt/octavo/models/tiny"
 OPERATOR_PORT = 8081
 
@@ -136,6 +137,28 @@ class Bench:
         self.cluster.kubectl(
             "delete", "namespace", self.namespace, "--ignore-not-found", timeout=180
         )
+
+
+def make_room(cluster: Cluster, release: str) -> None:
+    """Two operators would fight: our own cluster is cleared, anybody else's is left alone."""
+    for found, namespace in cluster.releases():
+        if found == release:
+            continue
+        if not cluster.own:
+            raise ClusterError(
+                f"release {found} in namespace {namespace} is an Octavo too, and two operators "
+                f"would fight: helm uninstall {found} --namespace {namespace}, or take another "
+                f"cluster"
+            )
+        print(f"  removing release {found} of namespace {namespace}", flush=True)
+        demo = (DEMO_NAMESPACE,) if namespace == DEMO_SYSTEM_NAMESPACE else ()
+        cluster.remove_release(found, namespace, *demo, *suite_namespaces(cluster))
+
+
+def suite_namespaces(cluster: Cluster) -> list[str]:
+    """The suite's namespaces for LLMServices that are there."""
+    names = [found["metadata"]["name"] for found in cluster.items("/api/v1/namespaces")]
+    return [name for name in names if name.startswith(PREFIX) and name != SYSTEM_NAMESPACE]
 
 
 def operator_pods(cluster: Cluster) -> list[Json]:
