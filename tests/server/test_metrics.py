@@ -114,15 +114,18 @@ def test_a_server_counts_what_it_did(tmp_path: Path) -> None:
 
         usage = server.http.post("/v1/completions", json={"prompt": "a b", "max_tokens": 9}).json()
         server.http.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 3})
+        stop = {"prompt": [300, 301, 302], "stop_token_ids": [302]}
+        server.http.post("/v1/completions", json=stop)
         assert server.http.post("/v1/completions", json={"prompt": "a", "n": 2}).status_code == 400
         found = scrape()
-        prompt = usage["usage"]["prompt_tokens"] + 2 * 2
+        prompt = usage["usage"]["prompt_tokens"] + 2 * 2 + 3
         assert value(found, "vllm:prompt_tokens_total") == prompt
-        assert value(found, "vllm:generation_tokens_total") == 9 + 2 * 3
+        assert value(found, "vllm:generation_tokens_total") == 9 + 2 * 3 + 3
         assert value(found, "vllm:request_success_total", finished_reason="length") == 3
-        assert value(found, "vllm:inter_token_latency_seconds_count") == 8 + 2 * 2
-        assert value(found, "vllm:request_generation_tokens_sum") == 15
-        assert value(found, "octavo_load_progress_ratio", phase="weights") == 0.25
+        assert value(found, "vllm:request_success_total", finished_reason="stop") == 1
+        assert value(found, "vllm:inter_token_latency_seconds_count") == 8 + 2 * 2 + 2
+        assert value(found, "vllm:request_generation_tokens_sum") == 18
+        assert value(found, "octavo_load_progress_ratio", phase="weights") == 1
         eventually(lambda: value(scrape(), "vllm:num_preemptions_total") == 3, what="a load")
         # Nothing that a client sends becomes a label.
         before = len(found)

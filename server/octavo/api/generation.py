@@ -167,7 +167,8 @@ class Generation:
         return delta
 
     def _measure(self, choice: Choice, arrival: Arrival) -> None:
-        count = len(arrival.output.token_ids)
+        output = arrival.output
+        count = len(output.token_ids) + (output.stop_token_id is not None)
         if not count:
             return
         last = self._last.get(choice.index)

@@ -44,6 +44,7 @@ class Lifecycle:
     def on_ready(self, engine: Ready) -> None:
         """The engine produced a real token."""
         self.engine = engine
+        self.progress = Progress(self.progress.phase, ratio=1.0, eta_s=0.0)
         self._progress_at = self._clock()
         self._maybe_ready()
 
