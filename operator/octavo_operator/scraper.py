@@ -46,8 +46,8 @@ class Scraper:
                 if response.status != 200:
                     raise ScrapeError(f"{url} answered {response.status}")
                 return parse_load(json.loads(await _body(response)))
-        except (aiohttp.ClientError, TimeoutError, LoadError, ValueError) as error:
-            raise ScrapeError(f"{url}: {error or type(error).__name__}") from error
+        except (aiohttp.ClientError, TimeoutError, LoadError, ValueError, RecursionError) as error:
+            raise ScrapeError(f"{url}: {str(error) or type(error).__name__}") from error
 
     async def close(self) -> None:
         """Close the session."""
