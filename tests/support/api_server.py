@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,7 +97,10 @@ def running(
         files = ["--journal", f"{folder}/journal.jsonl", "--pid-file", f"{folder}/engine.pid"]
         command = [sys.executable, str(FAKE), *files, *engine, "--", *served]
     paths = [str(ROOT / part) for part in ("server", "operator", "kernels")]
+    # A killed server cannot remove its socket folder, so it gets one that is removed here.
+    sockets = tempfile.mkdtemp(prefix="octavo-test-", dir="/tmp")
     environment = os.environ | {
+        "TMPDIR": sockets,
         "PYTHONPATH": os.pathsep.join(paths),
         "OCTAVO_TERMINATION_LOG": f"{folder}/termination",
     }
@@ -112,3 +117,4 @@ def running(
             server.http.close()
         process.kill()
         process.wait()
+        shutil.rmtree(sockets, ignore_errors=True)
