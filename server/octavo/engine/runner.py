@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from octavo import plan as memory_plan
@@ -120,7 +121,7 @@ class Runner:
             spec.num_layers, 2, num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim
         )  # fmt: skip
         try:
-            self._kv_cache = torch.zeros(shape, dtype=_DTYPES[self.dtype_name], device=self.device)
+            self._kv_cache = _zeros(shape, _DTYPES[self.dtype_name], self.device)
         except (RuntimeError, MemoryError) as error:
             size = num_blocks * self.kv_bytes_per_block / memory_plan.GIB
             raise DoesNotFitError(
@@ -163,6 +164,17 @@ class Runner:
                 f"the weights take {needed / memory_plan.GIB:.2f} GiB as {self.dtype_name}, but "
                 f"{self.device} has {available / memory_plan.GIB:.2f} GiB available"
             )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on the CPU untouched pages, which take no memory and no time until written.
+
+    torch.zeros writes every byte of host memory, numpy asks the kernel for pages that are zero.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
 
 def _parameter_bytes(spec: DecoderSpec, dtype: str) -> int:
