@@ -99,6 +99,9 @@ def ensure(daemon: Daemon, state: Path, logs: Path) -> bool:
             daemon.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
             env=environment, cwd=state, start_new_session=True,
         )  # fmt: skip
+    # In the instant of its exec a process shows no environment: wait until it is seen, or ended.
+    while not running(daemon, state) and child.poll() is None:
+        time.sleep(0.005)
     child.returncode = 0  # let go of it: it outlives this program, and nobody waits for it
     return True
 
@@ -106,15 +109,8 @@ def ensure(daemon: Daemon, state: Path, logs: Path) -> bool:
 def obituary(daemon: Daemon, state: Path, logs: Path) -> Callable[[], str | None]:
     """A question for `wait_until`: did the daemon die, and what did it say last?"""
 
-    # In the instant of its exec a process shows no environment yet, so allow it a second to appear.
-    born, seen = time.monotonic(), False
-
     def look() -> str | None:
-        nonlocal seen
         if running(daemon, state):
-            seen = True
-            return None
-        if not seen and time.monotonic() - born < 1.0:
             return None
         log = logs / f"{daemon.name}.log"
         tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
