@@ -56,13 +56,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def load_decoder(folder: Path) -> Decoder:
+def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     config = read_config(folder)
     family = family_of(config)
     spec = family.translate(config)
     entries, targets = read_checkpoint(folder), family.targets(spec)
     weights.check_complete(entries, targets, family.ignored)
-    parameters = empty_parameters(spec, dtype=torch.float32, device=CPU)
+    parameters = empty_parameters(spec, dtype=dtype, device=CPU)
     weights.load(entries, targets, parameters, lambda done, total: None)
     return Decoder(spec, parameters, max_positions=spec.max_positions, device=CPU)
 
@@ -72,7 +72,8 @@ def logits(decoder: Decoder, prompt: list[int], chunk: int, block_size: int = 4)
     spec = decoder.spec
     blocks = len(prompt) // block_size + 2
     shape = (spec.num_layers, 2, blocks, block_size, spec.num_kv_heads, spec.head_dim)
-    cache = torch.full(shape, float("nan"))
+    dtype = decoder.parameters["norm"].dtype
+    cache = torch.full(shape, float("nan"), dtype=dtype)
     rows = []
     for start in range(0, len(prompt), chunk):
         part = prompt[start : start + chunk]
@@ -101,6 +102,18 @@ def test_logits_are_those_of_transformers(changes, tmp_path) -> None:
                 with ops.forced(implementation):
                     got = logits(decoder, prompt.tolist(), chunk)
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ops.implementations())
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_narrow_types_stay_close_to_float32(dtype, limit, implementation, tmp_path) -> None:
+    folder = llama_checkpoints.write(tmp_path / "model")
+    prompt = torch.randint(0, 96, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    with ops.forced(implementation), torch.inference_mode():
+        wide = logits(load_decoder(folder), prompt, 60)
+        narrow = logits(load_decoder(folder, dtype), prompt, 13)
+    assert not torch.equal(wide, narrow)
+    assert float((wide - narrow).std() / wide.std()) < limit
 
 
 def test_every_parameter_is_a_target_once(tmp_path) -> None:

@@ -193,6 +193,14 @@ def test_a_plan_without_samples_gives_no_tokens(checkpoint) -> None:
     assert runner.execute(StepPlan((), copies=((0, 1),))) == []
 
 
+def test_a_sequence_beyond_its_block_table_is_refused(checkpoint) -> None:
+    runner = Runner(str(checkpoint), device="cpu", block_size=4)
+    runner.allocate_kv(8)
+    long, short = Sequence(0, [5] * 8, [1, 2]), Sequence(1, [5] * 8, [3])
+    with pytest.raises(ValueError, match=r"(block_tables\[1\] is -1|slots\[12\] is -4)"):
+        step(runner, [(long, 8), (short, 8)])
+
+
 def test_allocate_comes_first(checkpoint) -> None:
     with pytest.raises(RuntimeError, match="allocate_kv comes before execute"):
         Runner(str(checkpoint), device="cpu").execute(StepPlan(()))

@@ -17,7 +17,9 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
     ends = counts.cumsum()
     owner = np.repeat(np.arange(len(sequences)), counts)
     positions = np.arange(int(counts.sum())) - (ends - counts)[owner] + starts[owner]
-    tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), dtype=np.int32)
+    # -1 is no block: a sequence that reaches beyond its table is refused, not given block 0.
+    widest = max(len(s.block_table) for s in sequences)
+    tables = np.full((len(sequences), widest), -1, dtype=np.int32)
     for row, sequence in enumerate(sequences):
         tables[row, : len(sequence.block_table)] = sequence.block_table
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size

@@ -139,9 +139,8 @@ class Runner:
         if self._kv_cache is None:
             raise RuntimeError("allocate_kv comes before execute")
         if plan.copies:
-            ops.copy_blocks(
-                self._kv_cache.flatten(0, 1), torch.tensor(plan.copies, dtype=torch.int64)
-            )
+            pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
+            ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs)
         if not plan.sequences:
             return []
         batch = build_batch(plan, self.block_size, self.device)

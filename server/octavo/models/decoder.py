@@ -1,4 +1,10 @@
-"""The one decoder: a `DecoderSpec`, its parameters, and a forward over a flat batch of tokens."""
+"""The one decoder: a `DecoderSpec`, its parameters, and a forward over a flat batch of tokens.
+
+On a CPU our own operations give a sequence the same bits whatever its batch mates, chunks, block
+size or thread count. The matrix products are torch's, whose summation order may follow the number
+of rows, so logits may differ in the last bits between batches; tokens then differ only where two
+candidates are that close.
+"""
 
 from __future__ import annotations
 
