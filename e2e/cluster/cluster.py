@@ -118,7 +118,7 @@ def down(*, purge: bool) -> None:
         with step("pods and daemons"):
             NODE.end()
         with step("network"):
-            network.down(FORMER_SYSCTLS)
+            network.down(FORMER_SYSCTLS, CLUSTER.run)
         shutil.rmtree(CLUSTER.run, ignore_errors=True)
         OWNER_FILE.unlink(missing_ok=True)
         if purge:

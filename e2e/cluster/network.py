@@ -94,7 +94,7 @@ def _is_ours(rule: str, chains: set[str]) -> bool:
     return f"--comment {COMMENT} " in rule or bool(target and target.group(1) in chains)
 
 
-def down(remember: Path) -> None:
+def down(remember: Path, run_folder: Path) -> None:
     """Remove rules, bridge and leases; put the kernel's switches back."""
     for family in FAMILIES:
         if not shutil.which(f"{family}-save"):
@@ -110,5 +110,6 @@ def down(remember: Path) -> None:
             if path.exists() and path.read_text().strip() != value:
                 path.write_text(value)
         remember.unlink()
-    for leftover in Path("/var/lib/cni/results").glob("octavo-*"):
-        leftover.unlink()
+    for record in Path("/var/lib/cni/results").glob("*"):
+        if str(run_folder) in record.read_text(errors="replace"):  # the path of a pod's namespace
+            record.unlink()
