@@ -85,8 +85,10 @@ OCTAVO_INLINE void attend(Row& row, const Tile& tile, int count, int64_t dim, fl
   for (; at + kChunks * kLanes <= dim; at += kChunks * kLanes) {
     Vec mixed[kChunks];
     for (int c = 0; c < kChunks; ++c) mixed[c] = load(row.mixed + at + c * kLanes) * shrink;
-    for (int j = 0; j < count; ++j)
-      for (int c = 0; c < kChunks; ++c) mixed[c] += weights[j] * load(tile.values[j] + at + c * kLanes);
+    for (int j = 0; j < count; ++j) {
+      const float* value = tile.values[j] + at;
+      for (int c = 0; c < kChunks; ++c) mixed[c] += weights[j] * load(value + c * kLanes);
+    }
     for (int c = 0; c < kChunks; ++c) store(row.mixed + at + c * kLanes, mixed[c]);
   }
   for (; at < dim; at += kLanes) {
@@ -155,8 +157,8 @@ class ItemRun {
   void start_rows() {
     const T* query = static_cast<const T*>(args_.query);
     for (int64_t r = 0; r < rows_; ++r) {
-      const T* from = query + (first_row() + r / group_) * args_.query_stride + head_of(r) * args_.dim;
-      widen_row(from, args_.dim, queries_ + r * dim_);
+      const T* token = query + (first_row() + r / group_) * args_.query_stride;
+      widen_row(token + head_of(r) * args_.dim, args_.dim, queries_ + r * dim_);
       row_[r] = Row{queries_ + r * dim_, mixed_ + r * dim_, -INFINITY, Vec{}};
     }
   }
@@ -173,13 +175,15 @@ class ItemRun {
   // Points the tile at positions begin..begin + count; copies rows that are not padded floats.
   void gather(int64_t begin, int count) {
     tile_.count = count;
+    const T* keys = static_cast<const T*>(args_.key_cache);
+    const T* values = static_cast<const T*>(args_.value_cache);
     for (int j = 0; j < count; ++j) {
       const int64_t position = begin + j;
       const int64_t block = table_[position / args_.block_size];
       const int64_t slot = block * args_.block_size + position % args_.block_size;
       const int64_t at = (slot * args_.kv_heads + item_.kv_head) * args_.dim;
-      tile_.keys[j] = float_row(static_cast<const T*>(args_.key_cache) + at, keys_ + j * dim_);
-      tile_.values[j] = float_row(static_cast<const T*>(args_.value_cache) + at, values_ + j * dim_);
+      tile_.keys[j] = float_row(keys + at, keys_ + j * dim_);
+      tile_.values[j] = float_row(values + at, values_ + j * dim_);
     }
     for (int j = count; j < kTile; ++j) tile_.keys[j] = tile_.values[j] = zeros_;
   }
@@ -215,7 +219,7 @@ void attention_items(const PagedAttention& args, const AttentionItem* items, int
     products += items[i].count * group * args.seq_lens[items[i].seq] * args.dim;
   }
   const int64_t floats = item_floats(rows * group, round_up(args.dim, kLanes));
-  const int64_t useful = products / kProductsPerThread < count ? products / kProductsPerThread : count;
+  const int64_t paid = products / kProductsPerThread, useful = paid < count ? paid : count;
   const int threads = useful < 2 ? 1 : useful < args.threads ? int(useful) : args.threads;
   int64_t next = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)

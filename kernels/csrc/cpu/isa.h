@@ -97,7 +97,8 @@ OCTAVO_INLINE float widen(float x) { return x; }
 OCTAVO_INLINE float widen(BFloat16 x) { return of_bits((uint32_t)x.bits << 16); }
 
 OCTAVO_INLINE float widen(Float16 x) {
-  const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, rest = (uint32_t)(x.bits & 0x7fffu) << 13;
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16;
+  const uint32_t rest = (uint32_t)(x.bits & 0x7fffu) << 13;
   // 2^112 moves the exponent's bias, and makes normal numbers of subnormal ones.
   const uint32_t finite = bits_of(of_bits(rest) * of_bits(0x77800000u));
   const uint32_t special = rest | 0x7f800000u;
