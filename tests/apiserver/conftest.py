@@ -68,12 +68,12 @@ def cluster(kubeconfig: Path) -> Iterator[Kube]:
     kube.raw("PATCH", f"{CRDS}/{name}", crd, "application/apply-patch+yaml", **query)
 
     def established() -> bool:
-        conditions = (kube.get(CRDS, name) or {}).get("status", {}).get("conditions", [])
-        return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+        conditions = (kube.get(CRDS, name) or {}).get("status", {}).get("conditions")
+        return any(c["type"] == "Established" and c["status"] == "True" for c in conditions or ())
 
     eventually(established, what="the CRD is established")
     # Served a moment later than established.
-    eventually(lambda: kube.raw("GET", "/apis/octavo.dev/v1alpha1"), what="the API is served")
+    eventually(lambda: kube.get("/apis/octavo.dev", "v1alpha1"), what="the API is served")
     yield kube
     kube.close()
 
