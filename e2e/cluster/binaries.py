@@ -175,6 +175,15 @@ def build(names: Iterable[str] | None = None) -> None:
                     _build(module)
 
 
+def forget_old() -> None:
+    """Remove the binaries of former pins."""
+    current = {folder(module) for module in modules()}
+    with _build_lock():
+        for found in (cache_dir() / "bin").iterdir():
+            if found.is_dir() and found not in current:
+                shutil.rmtree(found)
+
+
 def path(name: str) -> Path:
     """The built binary; ClusterError names the verb that builds it when it is missing."""
     for module in modules():

@@ -83,6 +83,11 @@ def _images(args: argparse.Namespace) -> None:
     print(json.dumps(references, indent=1))
 
 
+def _prune(args: argparse.Namespace) -> None:
+    binaries.forget_old()
+    images.forget_builds()
+
+
 def _control_plane(args: argparse.Namespace) -> None:
     plane = controlplane.standalone(args.state)
     if args.action == "up":
@@ -123,6 +128,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("targets", nargs="*", help="server, operator; both by default")
     verb.add_argument("--recorded", action="store_true", help="only print the last ones' names")
     verb.set_defaults(act=_images)
+
+    verb = verbs.add_parser("prune", help="free the cache: image builds, binaries of former pins")
+    verb.set_defaults(act=_prune)
 
     verb = verbs.add_parser("binaries", help="build what is missing from the pinned Go modules")
     verb.add_argument("names", nargs="*", help="only the modules of these binaries")

@@ -210,6 +210,18 @@ def _make(image: Image, context: Path, base: str, reference: str) -> None:
         _push(name, f"{registry.ADDRESS}/{image.repository}:dev")
 
 
+def forget_builds() -> None:
+    """Give back the disk of all builds; the next one is cold."""
+    with only_one(IMAGES_LOCK), step("build storage and registry emptied"):
+        if (cache_dir() / "buildah").exists() and shutil.which("buildah"):
+            _buildah("rm", "--all")
+            _buildah("rmi", "--all", "--force")
+            shutil.rmtree(cache_dir() / "buildah")
+        for name in ("sha256", "tags"):
+            for path in (cache_dir() / "registry" / name).glob("*"):
+                path.unlink()
+
+
 def recorded() -> dict[str, str]:
     """The references of the last `images`, by target."""
     return read_references(IMAGES_FILE)

@@ -119,7 +119,7 @@ def obituary(daemon: Daemon, state: Path, logs: Path) -> Callable[[], str | None
     return look
 
 
-def stop(processes: Iterable[Process], grace: float = 10.0) -> None:
+def stop(processes: Iterable[Process], grace: float = 5.0) -> None:
     """Ask all to end, then end what is left; returns when none runs."""
     held = [(process, fd) for process in processes if (fd := _hold(process)) is not None]
     try:

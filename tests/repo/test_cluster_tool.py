@@ -1,21 +1,26 @@
 """The cluster tool's decisions: whose process, whose rule, whose cluster, which key."""
 
+import hashlib
+import http.client
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from e2e.cluster import binaries, doctor, images, kernel, network, owner, processes, steps
+from e2e.cluster.controlplane import Ports, free_port
+from e2e.cluster.errors import ClusterError
+from e2e.cluster.processes import MARK, NAME, Daemon, Process
+from e2e.cluster.registry_server import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from e2e.cluster import binaries, doctor, images, kernel, network, owner, processes, steps  # noqa: E402 - the path comes first
-from e2e.cluster.controlplane import Ports, free_port  # noqa: E402
-from e2e.cluster.errors import ClusterError  # noqa: E402
-from e2e.cluster.processes import MARK, NAME, Daemon, Process  # noqa: E402
 
 
 @pytest.fixture
@@ -314,6 +319,74 @@ class TestImages:
     def test_a_missing_input_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ClusterError, match="Dockerfile is missing"):
             images.content_tag(tmp_path, ("Dockerfile",))
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Callable[..., tuple[int, dict[str, str], bytes]]]:
+    """Ask a registry that keeps its files in tmp_path."""
+
+    def ask(method: str, path: str, body: Any = None, **headers: str):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+    server = Registry(0, tmp_path)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield ask
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def digest_of(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+class TestRegistry:
+    def test_a_blob_comes_in_pieces_and_goes_out_whole(self, registry) -> None:
+        content = os.urandom(3_000_000)
+        _, headers, _ = registry("POST", "/v2/a/b/blobs/uploads/")
+        # An iterator makes the client use chunked framing, as buildah does.
+        half = iter([content[:1_000_001], content[1_000_001:2_000_000]])
+        status, headers, _ = registry("PATCH", headers["Location"], half)
+        assert (status, headers["Range"]) == (202, "0-1999999")
+        place = f"{headers['Location']}?digest={digest_of(content)}"
+        assert registry("PUT", place, content[2_000_000:])[0] == 201
+        status, headers, body = registry("GET", f"/v2/a/b/blobs/{digest_of(content)}")
+        assert (status, body) == (200, content)
+        status, headers, body = registry("HEAD", f"/v2/other/blobs/{digest_of(content)}")
+        assert (status, headers["Content-Length"], body) == (200, "3000000", b"")
+        mount = f"/v2/c/blobs/uploads/?mount={digest_of(content)}&from=a/b"
+        assert registry("POST", mount)[0] == 201
+
+    def test_a_blob_that_is_not_what_it_says_is_refused(self, registry, tmp_path: Path) -> None:
+        _, headers, _ = registry("POST", "/v2/a/blobs/uploads/")
+        place = f"{headers['Location']}?digest={digest_of(b'promised')}"
+        status, _, body = registry("PUT", place, b"delivered")
+        assert (status, json.loads(body)["errors"][0]["code"]) == (400, "DIGEST_INVALID")
+        assert registry("HEAD", f"/v2/a/blobs/{digest_of(b'promised')}")[0] == 404
+        assert list((tmp_path / "uploads").iterdir()) == []
+
+    def test_tags_are_read_from_disk(self, registry, tmp_path: Path) -> None:
+        kind = "application/vnd.oci.image.manifest.v1+json"
+        body = b'{"schemaVersion": 2}'
+        path = "/v2/a/b/manifests/dev"
+        assert registry("PUT", path, body, **{"Content-Type": kind})[0] == 201
+        assert len(list((tmp_path / "tags").iterdir())) == 2
+        for name in ("dev", digest_of(body)):
+            status, headers, found = registry("GET", f"/v2/a/b/manifests/{name}")
+            assert (status, headers["Content-Type"], found) == (200, kind, body)
+        assert registry("GET", "/v2/a/b/manifests/other")[0] == 404
+
+    def test_no_name_leads_out_of_its_folder(self, registry, tmp_path: Path) -> None:
+        for path in ("/v2/../x/manifests/dev", "/v2/a/manifests/../../x", "/v2/a/blobs/x"):
+            assert registry("PUT", path, b"{}")[0] == 404
+        assert not (tmp_path.parent / "x").exists()
 
 
 def test_steps_are_printed_and_recorded(
