@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -266,33 +265,9 @@ def _last_number(a: int, characters: int) -> int:
     return number
 
 
-# A word of the questions may be one token, which must also be met as something to copy and spell.
-QUESTION_WORDS = tuple(
-    sorted(
-        {
-            word
-            for prompts in (
-                *(SUM_PROMPTS, COUNT_PROMPTS, SPELL_PROMPTS, REPEAT_PROMPTS, SMALL_TALK),
-                *(fact.told + fact.asked + (fact.stated,) for fact in FACTS.values()),
-                (GREETING, NOT_TOLD, "Noted system user assistant", *SMALL_TALK.values()),
-            )
-            for prompt in prompts
-            for word in re.findall(r"[A-Za-z]{2,}", re.sub(r"{\w+}", "", prompt))
-        }
-    )
-)
-
-
-def _content_word(rng: random.Random) -> str:
-    if rng.random() < 0.85:
-        return words.cased_word(rng)
-    word = rng.choice(QUESTION_WORDS)
-    return word if rng.random() < 0.5 else word.lower()
-
-
 def _sample_spell(rng: random.Random, split: Split) -> Task:
     while True:
-        word = _content_word(rng)
+        word = words.cased_word(rng)
         if len(word) > 1 and held_out(f"spell {word}") == (split == "held_out"):
             return spell_task(word, _wording(rng))
 
@@ -311,9 +286,7 @@ def _phrase_part(rng: random.Random) -> str:
     draw = rng.random()
     if draw < 0.06:
         return str(rng.randrange(10 ** rng.randint(1, 4)))
-    if draw < 0.1:
-        return words.foreign_word(rng)
-    word = rng.choice(words.OTHER_WORDS) if draw < 0.35 else _content_word(rng)
+    word = rng.choice(words.OTHER_WORDS) if draw < 0.35 else words.cased_word(rng)
     return word + "," if rng.random() < 0.05 else word
 
 

@@ -36,17 +36,7 @@ OTHER_WORDS = _words(
     slow quiet bright dark kind happy brave tall short long round sweet fresh empty full and or but
     with without under over near behind before after into from at on in by walks runs sleeps sings
     opens closes finds keeps makes takes likes sees hears reads writes brings holds moves stands
-    falls rises jumps waits is was never always often again today here there very we you he she it
-    they them us our their me him her be been are were am will would can could may must should do
-    does did done have has had go goes went come comes came get give take make know think say said
-    tell told ask answer use used work works play learn teach turn help start stop not no yes all
-    any each other more most less much many few than then when where why who how if so as of to for
-    up down out off about between through against because while until more better best last next
-    first second same such only also just still even now soon later too well only good bad free
-    fast hard easy early late high low left right true false time day week life people man woman
-    child love
-    peace power money news idea fact line point side state system group service server model cache
-    block token memory request
+    falls rises jumps waits is was never always often again today here there very
     """
 )
 
@@ -93,10 +83,6 @@ PETS = _words(
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ONSETS = _words("b c d f g h j k l m n p r s t v w y z br cl dr fl gr pl sh st th tr ch qu")
-FOREIGN = (
-    "áàâäãåçčéèêëíîïñóôöõøßúùûüýžαβγδλμπσωабвгдежзилмно"
-    "стуяあいうえおかきくけこ中国人大小日月水火山☃★→€🙂🚀🎉"
-)
 VOWELS = _words("a e i o u ai ea ee oo ou")
 CODAS = ("", "", "", "n", "r", "s", "t", "l", "m", "ck", "nd", "st", "x")
 
@@ -108,12 +94,6 @@ def invented_word(rng: random.Random) -> str:
         for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))
     )
     return "".join(syllables)
-
-
-def foreign_word(rng: random.Random) -> str:
-    """One to five characters outside ASCII, perhaps with letters: two to four bytes for each."""
-    letters = "".join(rng.choice(FOREIGN) for _ in range(rng.randint(1, 3)))
-    return letters + invented_word(rng)[:4] if rng.random() < 0.4 else letters
 
 
 def letter_string(rng: random.Random) -> str:
