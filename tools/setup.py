@@ -41,9 +41,7 @@ def run(*command: str | Path, **env: str) -> None:
     )
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-8000:], sep="\n", file=sys.stderr)
-        fail(
-            f"`{' '.join(map(str, command))}` failed, exit code {done.returncode} (see above)"
-        )
+        fail(f"`{' '.join(map(str, command))}` failed, exit code {done.returncode} (see above)")
 
 
 def digest(paths: Iterable[Path], *extra: str) -> str:
