@@ -44,7 +44,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for token_id in self.stop_token_ids:
             if not 0 <= token_id < vocab_size:
                 raise ParameterError(
-                    "stop_token_ids", f"stop_token_ids holds {token_id}; valid ids are 0..{vocab_size - 1}"
+                    "stop_token_ids",
+                    f"stop_token_ids holds {token_id}; valid ids are 0..{vocab_size - 1}",
                 )
 
 

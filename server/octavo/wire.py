@@ -31,7 +31,7 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one request. `finish_reason` is stop | length | abort | error, once, at the end.
+    """New tokens of one request. `finish_reason` (stop | length | abort | error) comes once, last.
 
     `stop_token_id` is the id that ended it when that was an EOS or a stop token id (it is not part
     of `token_ids`). `error` is set when `finish_reason` is error.

@@ -1,4 +1,4 @@
-"""The shape of the code is itself under test (after tigerbeetle's tidy and tinygrad's line count)."""
+"""The shape of the code is itself under test, as in tigerbeetle's tidy and tinygrad's count."""
 
 import ast
 import io
