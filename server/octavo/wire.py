@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.logprobs import TokenLogprobs
 from octavo.params import SamplingParams
 
 
@@ -34,7 +35,9 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request. `finish_reason` (stop | length | abort | error) comes once, last.
 
     `stop_token_id` is the id that ended it when that was an EOS or a stop token id (it is not part
-    of `token_ids`). `error` is set when `finish_reason` is error.
+    of `token_ids`). `error` is set when `finish_reason` is error. `logprobs` is parallel to
+    `token_ids`, and None unless asked for; `prompt_logprobs` comes once, with the first token, and
+    holds the prompt's tokens from the second on.
     """
 
     request_id: str
@@ -43,6 +46,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class Outputs(msgspec.Struct, tag="out", frozen=True):

@@ -299,7 +299,7 @@ def run_with_model(engine):
     outputs = {}
     while engine.has_work:
         plan = engine.plan()
-        for update in engine.commit(plan, runner.execute(plan)):
+        for update in engine.commit(plan, runner.execute(plan).tokens):
             outputs.setdefault(update.request_id, []).extend(update.token_ids)
     engine.check_integrity()
     return outputs

@@ -118,7 +118,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= self.limits.max_num_batched_tokens
         assert bool(plan.sequences) == self.scheduler.has_work, "work, and nobody moved"
         self.check_plan(plan)
-        for update in self.scheduler.commit(plan, self.runner.execute(plan)):
+        for update in self.scheduler.commit(plan, self.runner.execute(plan).tokens):
             self.take(update)
 
     def check_plan(self, plan):

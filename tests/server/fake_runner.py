@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import time
 
+from octavo.core.step import StepResult
+
 EMPTY = -1
 
 
@@ -50,7 +52,7 @@ class FakeRunner:
                 self.slots[slot] = token
             if share.samples:
                 drawn.append(next_token([self.slots[slot] for slot in slots], self.vocab_size))
-        return drawn
+        return StepResult(drawn)
 
     def _slot(self, block_table, position):
         block = block_table[position // self.block_size]

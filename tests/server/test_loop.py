@@ -7,6 +7,7 @@ from octavo import wire
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.scheduler import Limits, Scheduler
+from octavo.core.step import StepResult
 from octavo.engine.loop import Clock, EngineLoop, RunnerError
 from octavo.params import SamplingParams
 
@@ -121,7 +122,7 @@ def test_an_exception_of_the_runner_passes_through():
 def test_a_runner_that_draws_too_few_tokens_is_a_bug_that_is_named():
     class Short(FakeRunner):
         def execute(self, plan):
-            return []
+            return StepResult([])
 
     loop = make(Short)
     loop.add(request("a"))

@@ -52,7 +52,7 @@ class Sequence:
 def step(runner: Runner, shares: list[tuple[Sequence, int]]) -> None:
     """One step over (sequence, token budget) pairs; sampled tokens are appended."""
     plan = StepPlan(tuple(sequence.share(budget) for sequence, budget in shares))
-    sampled = iter(runner.execute(plan))
+    sampled = iter(runner.execute(plan).tokens)
     for planned, (sequence, _) in zip(plan.sequences, shares, strict=True):
         if planned.samples:
             sequence.tokens.append(next(sampled))
@@ -177,7 +177,7 @@ def test_block_copies_come_before_the_forward(checkpoint) -> None:
     step(runner, [(sequence, 100)])
     sequence.table = [9, 8, 7, 4]
     share = sequence.share(1)
-    sequence.tokens += runner.execute(StepPlan((share,), copies=((1, 9), (2, 8), (3, 7))))
+    sequence.tokens += runner.execute(StepPlan((share,), copies=((1, 9), (2, 8), (3, 7)))).tokens
     while len(sequence.generated) < 6:
         step(runner, [(sequence, 1)])
     assert sequence.generated == expected
@@ -189,8 +189,8 @@ def test_a_plan_without_samples_gives_no_tokens(checkpoint) -> None:
     sequence = Sequence(0, prompts(96, 10)[0], [1])
     step(runner, [(sequence, 4)])
     assert sequence.generated == []
-    assert runner.execute(StepPlan(())) == []
-    assert runner.execute(StepPlan((), copies=((0, 1),))) == []
+    assert runner.execute(StepPlan(())).tokens == []
+    assert runner.execute(StepPlan((), copies=((0, 1),))).tokens == []
 
 
 def test_a_sequence_beyond_its_block_table_is_refused(checkpoint) -> None:

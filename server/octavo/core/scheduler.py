@@ -16,15 +16,21 @@ Invariants, in reading order:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.forecast import OutputLengths, expected_growth
 from octavo.core.policy import SchedulingPolicy
 from octavo.core.sequence import Sequence, blocks_for
-from octavo.core.step import NO_TOKEN, ScheduledSequence, StepPlan
+from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED, ScheduledSequence, StepPlan
 from octavo.core.waiting import WaitingQueue, WaitingTotals
 from octavo.params import SamplingParams
+
+_NO_TOKEN_TEXTS = {
+    NO_TOKEN: "the model's output became NaN",
+    NOTHING_ALLOWED: "the request's parameters allow no token (allowed_token_ids, bad_words, "
+    "logit_bias or min_tokens together forbid all)",
+}
 
 
 class RequestError(ValueError):
@@ -55,6 +61,7 @@ class SequenceUpdate:
     finish_reason: str | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    seq_id: int = field(default=-1, compare=False)
 
 
 @dataclass(slots=True)
@@ -135,7 +142,7 @@ class Scheduler:
         if sequence is None:
             return None
         self._drop(sequence)
-        return SequenceUpdate(request_id, [], "abort")
+        return SequenceUpdate(request_id, [], "abort", seq_id=sequence.seq_id)
 
     # Plan.
 
@@ -212,6 +219,8 @@ class Scheduler:
             samples=start + count == len(sequence.tokens),
             params=sequence.params,
             num_generated=sequence.num_generated,
+            tokens=sequence.tokens,
+            num_prompt_tokens=sequence.num_prompt_tokens,
         )
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -245,21 +254,23 @@ class Scheduler:
     def _draw(self, sequence: Sequence, token: int) -> SequenceUpdate:
         """Take in a drawn token: record it, and end the sequence if it is the last."""
         generated = sequence.num_generated
-        if token == NO_TOKEN:
+        if token in _NO_TOKEN_TEXTS:
             self._drop(sequence)
-            error = f"the model's output became NaN after {len(sequence.tokens)} tokens"
-            return SequenceUpdate(sequence.request_id, [], "error", error=error)
+            error = f"{_NO_TOKEN_TEXTS[token]} after {len(sequence.tokens)} tokens"
+            return SequenceUpdate(
+                sequence.request_id, [], "error", error=error, seq_id=sequence.seq_id
+            )
         self.counters.generation_tokens += 1
         if generated == 0:
             self.counters.prompt_tokens += sequence.num_prompt_tokens
         if token in sequence.stop_ids and generated >= sequence.params.min_tokens:
             self._finish(sequence)
-            return SequenceUpdate(sequence.request_id, [], "stop", token)
+            return SequenceUpdate(sequence.request_id, [], "stop", token, seq_id=sequence.seq_id)
         sequence.tokens.append(token)
         if generated + 1 >= sequence.max_new_tokens:
             self._finish(sequence)
-            return SequenceUpdate(sequence.request_id, [token], "length")
-        return SequenceUpdate(sequence.request_id, [token])
+            return SequenceUpdate(sequence.request_id, [token], "length", seq_id=sequence.seq_id)
+        return SequenceUpdate(sequence.request_id, [token], seq_id=sequence.seq_id)
 
     def _finish(self, sequence: Sequence) -> None:
         self.output_lengths.observe(sequence.num_generated)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from octavo.logprobs import TokenLogprobs
 from octavo.params import SamplingParams
 
 # What a runner returns in place of a token when the logits were not numbers.
 NO_TOKEN = -1
+# ... and when the request's own parameters forbade every token.
+NOTHING_ALLOWED = -2
 
 
 @dataclass(slots=True, frozen=True)
@@ -18,7 +22,11 @@ class ScheduledSequence:
     `block_table[p // block_size] * block_size + p % block_size` for p = start + i, and it attends
     to positions 0..p. `samples` says that the last of these tokens is the last one known, so that
     the step ends by drawing the next. `num_generated` is the count drawn before this step; with
-    `params.seed` and `seq_id` it keys the draw, so that a draw does not depend on batch mates.
+    `params.seed`, `seq_id` and `branch` (which of several samples of one request) it keys the
+    draw, so that a draw does not depend on batch mates. `tokens` is the sequence's own list, not a
+    copy: prompt, then what was drawn; who reads it when more may have been appended bounds it by
+    `num_prompt_tokens + num_generated`. Without `writes` the keys and values of these tokens are
+    in their slots already, in blocks that others may read, and are not written again.
     """
 
     seq_id: int
@@ -28,6 +36,17 @@ class ScheduledSequence:
     samples: bool
     params: SamplingParams
     num_generated: int
+    tokens: Sequence[int] = ()
+    num_prompt_tokens: int = 0
+    branch: int = 0
+    writes: bool = True
+
+    @property
+    def prompt_logprob_rows(self) -> range:
+        """Which of `token_ids` are followed by a prompt token whose log-probability is wanted."""
+        if self.params.prompt_logprobs is None or self.num_generated:
+            return range(0)
+        return range(min(len(self.token_ids), self.num_prompt_tokens - 1 - self.start))
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,3 +65,16 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens that this step runs through the model."""
         return sum(len(s.token_ids) for s in self.sequences)
+
+
+@dataclass(slots=True, frozen=True)
+class StepResult:
+    """What a step brought: a token for each sequence that samples, in the plan's order.
+
+    The log-probabilities are by `seq_id` and only of those that asked: `logprobs` of the drawn
+    token, `prompt_logprobs` of the prompt's tokens from position `start + 1` of the share.
+    """
+
+    tokens: list[int]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)

@@ -10,15 +10,16 @@ from typing import Protocol
 from octavo import wire
 from octavo.core import forecast
 from octavo.core.scheduler import RequestError, Scheduler, SequenceUpdate
-from octavo.core.step import StepPlan
+from octavo.core.step import StepPlan, StepResult
+from octavo.logprobs import TokenLogprobs
 from octavo.params import ParameterError
 
 
 class StepRunner(Protocol):
     """Runs plans on a device."""
 
-    def execute(self, plan: StepPlan) -> list[int]:
-        """Run the plan; return a drawn token for each sequence with `samples`, in plan order."""
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the plan; draw a token for each sequence with `samples`."""
         ...
 
 
@@ -49,6 +50,8 @@ class EngineLoop:
         self._clock = clock or Clock()
         self._rates = forecast.StepRates()
         self._outbox: list[wire.TokenOutput] = []
+        # Of prompts that are still being computed, by seq_id; they leave with the first token.
+        self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         self._last_activity = self._clock.wall()
 
     @property
@@ -75,6 +78,7 @@ class EngineLoop:
         """End a request; one that is unknown or already over is ignored."""
         update = self.scheduler.abort(request_id)
         if update is not None:
+            self._prompt_logprobs.pop(update.seq_id, None)
             self._outbox.append(_output(update))
 
     def abort_all(self) -> None:
@@ -86,20 +90,34 @@ class EngineLoop:
         """Run one step if there is work; return everything that requests got since the last."""
         outputs, self._outbox = self._outbox, []
         if self.scheduler.has_work:
-            outputs += [_output(update) for update in self._run()]
+            outputs += self._run()
             self._last_activity = self._clock.wall()
         return outputs
 
-    def _run(self) -> list[SequenceUpdate]:
+    def _run(self) -> list[wire.TokenOutput]:
         plan = self.scheduler.plan()
         begin = self._clock.monotonic()
-        sampled = self._runner.execute(plan)
+        result = self._runner.execute(plan)
         seconds = self._clock.monotonic() - begin
         expected = sum(share.samples for share in plan.sequences)
-        if len(sampled) != expected:
-            raise RunnerError(f"the step drew {len(sampled)} tokens for {expected} sequences")
+        if len(result.tokens) != expected:
+            raise RunnerError(f"the step drew {len(result.tokens)} tokens for {expected} sequences")
         self._rates.observe(plan, self.scheduler.limits.max_num_batched_tokens, seconds)
-        return self.scheduler.commit(plan, sampled)
+        if result.prompt_logprobs:
+            self._keep_prompt_logprobs(plan, result)
+        updates = self.scheduler.commit(plan, result.tokens)
+        return [self._with_logprobs(update, result) for update in updates]
+
+    def _keep_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+        for share in plan.sequences:
+            if (found := result.prompt_logprobs.get(share.seq_id)) is not None:
+                # Entry i is of position i + 1. A prompt that was preempted comes again.
+                self._prompt_logprobs.setdefault(share.seq_id, [])[share.start :] = found
+
+    def _with_logprobs(self, update: SequenceUpdate, result: StepResult) -> wire.TokenOutput:
+        of_token = result.logprobs.get(update.seq_id) if update.token_ids else None
+        of_prompt = self._prompt_logprobs.pop(update.seq_id, None)
+        return _output(update, None if of_token is None else [of_token], of_prompt)
 
     def load(self) -> wire.Load:
         """The scheduler's state, for whoever routes to this engine or scales it."""
@@ -140,11 +158,17 @@ class EngineLoop:
         )
 
 
-def _output(update: SequenceUpdate) -> wire.TokenOutput:
+def _output(
+    update: SequenceUpdate,
+    logprobs: list[TokenLogprobs] | None = None,
+    prompt_logprobs: list[TokenLogprobs] | None = None,
+) -> wire.TokenOutput:
     return wire.TokenOutput(
         request_id=update.request_id,
         token_ids=update.token_ids,
         finish_reason=update.finish_reason,
         stop_token_id=update.stop_token_id,
         error=update.error,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )

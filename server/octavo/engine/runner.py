@@ -10,7 +10,7 @@ import torch
 
 from octavo import plan as memory_plan
 from octavo.checkpoint import read_checkpoint
-from octavo.core.step import ScheduledSequence, StepPlan
+from octavo.core.step import ScheduledSequence, StepPlan, StepResult
 from octavo.engine import weights
 from octavo.engine.batch import build_batch
 from octavo.engine.memory import available_host_bytes
@@ -131,8 +131,8 @@ class Runner:
         self._progress("cache", 1.0)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[int]:
-        """Run one step; one token for each sequence that samples, in the plan's order.
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step.
 
         A token of -1 (`sampler.NO_TOKEN`) says that the sequence's logits were NaN.
         """
@@ -142,11 +142,11 @@ class Runner:
             pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
             ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs)
         if not plan.sequences:
-            return []
+            return StepResult([])
         batch = build_batch(plan, self.block_size, self.device)
         logits = self._decoder.forward(batch, self._kv_cache)
         draws = [self._draw(s) for s in plan.sequences if s.samples]
-        return sample(logits, draws, self.eos_token_ids) if draws else []
+        return StepResult(sample(logits, draws, self.eos_token_ids) if draws else [])
 
     def _draw(self, sequence: ScheduledSequence) -> Draw:
         params, count = sequence.params, sequence.num_generated

@@ -14,7 +14,7 @@ from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.scheduler import Limits, Scheduler
 from octavo.core.sequence import blocks_for
-from octavo.core.step import StepPlan
+from octavo.core.step import StepPlan, StepResult
 from octavo.engine.loop import EngineLoop, RunnerError
 from octavo.errors import ConfigError, DoesNotFitError
 from octavo.params import SamplingParams
@@ -45,7 +45,7 @@ class ModelRunner(Protocol):
         """Make the cache; `num_blocks` includes the null block 0."""
         ...
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> StepResult:
         """Run one step."""
         ...
 
