@@ -23,6 +23,9 @@ struct PagedAttention {
   int64_t tokens, seqs, max_blocks, blocks, block_size;
   int64_t heads, kv_heads, dim;
   float scale;
+  int64_t window;       // a query sees this many tokens, itself included; 0: all before it
+  float softcap;        // scores become softcap * tanh(score / softcap); 0: as they are
+  const float* sinks;   // [heads] or null: a score that takes weight and gives no value
   int threads;
 };
 
@@ -39,6 +42,19 @@ struct RmsNorm {
   void* out;           // [tokens, width]
   int64_t tokens, width;
   float eps;
+  float offset;  // added to the weight; where it is not 0, the product is rounded only once
+  int threads;
+};
+
+struct LayerNorm {
+  DType dtype;
+  const void* x;       // [tokens, width]
+  const void* weight;  // [width]
+  const void* bias;    // [width] or null
+  void* residual;      // as in RmsNorm
+  void* out;           // [tokens, width]
+  int64_t tokens, width;
+  float eps;
   int threads;
 };
 
@@ -47,14 +63,20 @@ struct Rope {
   void* x;                   // [tokens, heads, dim], rows stride apart, rotated in place
   int64_t stride;
   const int64_t* positions;  // [tokens]
-  const float* cos_sin;      // [max_positions, dim]: dim/2 cosines, then dim/2 sines
+  const float* cos_sin;      // [max_positions, rotary]: rotary/2 cosines, then rotary/2 sines
   int64_t max_positions, tokens, heads, dim;
+  int64_t rotary;            // the first elements of a head, which turn; the others stay
+  bool interleaved;          // element 2i pairs with 2i + 1, else i with i + rotary/2
   int threads;
 };
 
-struct SiluAndMul {
+enum class Function : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+struct Activation {
   DType dtype;
-  const void* x;  // [tokens, 2 * width]
+  Function function;
+  bool gated;     // x is [tokens, 2 * width]: function(left half) * right half of each row
+  const void* x;  // [tokens, width]
   void* out;      // [tokens, width]
   int64_t tokens, width;
   int threads;
@@ -81,8 +103,9 @@ struct CopyBlocks {
 // Each checks its indices first and throws std::invalid_argument naming the argument.
 void paged_attention(const PagedAttention& args);
 void rms_norm(const RmsNorm& args);
+void layer_norm(const LayerNorm& args);
 void rope(const Rope& args);
-void silu_and_mul(const SiluAndMul& args);
+void activation(const Activation& args);
 void write_kv(const WriteKv& args);
 void copy_blocks(const CopyBlocks& args);
 

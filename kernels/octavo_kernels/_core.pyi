@@ -18,6 +18,9 @@ def paged_attention(
     kv_heads: int,
     dim: int,
     scale: float,
+    window: int,
+    softcap: float,
+    sinks: int,
     threads: int,
 ) -> None: ...
 def write_kv(
@@ -43,6 +46,20 @@ def rms_norm(
     tokens: int,
     width: int,
     eps: float,
+    offset: float,
+    threads: int,
+) -> None: ...
+def layer_norm(
+    *,
+    dtype: int,
+    x: int,
+    weight: int,
+    bias: int,
+    residual: int,
+    out: int,
+    tokens: int,
+    width: int,
+    eps: float,
     threads: int,
 ) -> None: ...
 def rope(
@@ -56,10 +73,20 @@ def rope(
     tokens: int,
     heads: int,
     dim: int,
+    rotary: int,
+    interleaved: bool,
     threads: int,
 ) -> None: ...
-def silu_and_mul(
-    *, dtype: int, x: int, out: int, tokens: int, width: int, threads: int
+def activation(
+    *,
+    dtype: int,
+    function: int,
+    gated: bool,
+    x: int,
+    out: int,
+    tokens: int,
+    width: int,
+    threads: int,
 ) -> None: ...
 def copy_blocks(
     *, cache: int, planes: int, blocks: int, block_bytes: int, pairs: int, num_pairs: int

@@ -17,6 +17,7 @@ import torch
 
 from octavo_kernels import reference
 from octavo_kernels.match import Arg, match
+from octavo_kernels.reference import PLAIN, Function, Variant
 
 Implementation = Literal["cpu", "reference"]
 
@@ -34,6 +35,8 @@ except ModuleNotFoundError:
 calls: Counter[tuple[str, Implementation]] = Counter()
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# In the order of kernels.h.
+_FUNCTIONS: tuple[Function, ...] = ("silu", "gelu", "gelu_tanh", "relu")
 _forced: Implementation | None = None
 
 
@@ -90,16 +93,20 @@ def paged_attention(
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
+    variant: Variant = PLAIN,
 ) -> torch.Tensor:
     """Causal attention over paged keys and values; see `reference.paged_attention`."""
-    args = (
+    args = [
         Arg("query", query, "tokens heads dim", rows=True),
         Arg("key_cache", key_cache, "blocks block_size kv_heads dim"),
         Arg("value_cache", value_cache, "blocks block_size kv_heads dim"),
         Arg("block_tables", block_tables, "seqs max_blocks", torch.int32),
         Arg("query_start", query_start, "seqs+1", torch.int32),
         Arg("seq_lens", seq_lens, "seqs", torch.int32),
-    )
+    ]
+    window, softcap, sinks = variant.window, variant.softcap, variant.sinks
+    if sinks is not None:
+        args.append(Arg("sinks", sinks, "heads", torch.float32))
     size = match("paged_attention", *args)
     if size["seqs+1"] != size["seqs"] + 1:
         raise ValueError(
@@ -111,12 +118,15 @@ def paged_attention(
             f"paged_attention: query has {size['heads']} heads, not a multiple of the "
             f"{size['kv_heads']} heads of key_cache"
         )
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if not _runs_native("paged_attention", query):
-        reference.paged_attention(
-            query, key_cache, value_cache, block_tables, query_start, seq_lens, scale, out
+    if window < 0 or not softcap >= 0:
+        raise ValueError(
+            f"paged_attention: window and softcap must be 0 or more, got {window} and {softcap}"
         )
-        return out
+    if not _runs_native("paged_attention", query):
+        return reference.paged_attention(
+            query, key_cache, value_cache, block_tables, query_start, seq_lens, scale, variant
+        )
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _core.paged_attention(
         dtype=_code("paged_attention", query),
         query=query.data_ptr(),
@@ -136,6 +146,9 @@ def paged_attention(
         kv_heads=size["kv_heads"],
         dim=size["dim"],
         scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=0 if sinks is None else sinks.data_ptr(),
         threads=torch.get_num_threads(),
     )
     return out
@@ -175,7 +188,12 @@ def write_kv(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    *,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Norm of x, or of residual + x, which `residual` then holds; see `reference.rms_norm`."""
     args = [
@@ -187,12 +205,46 @@ def rms_norm(
     size = match("rms_norm", *args)
     out = torch.empty_like(x)
     if not _runs_native("rms_norm", x):
-        reference.rms_norm(x, weight, eps, residual, out)
+        reference.rms_norm(x, weight, eps, residual, out, offset)
         return out
     _core.rms_norm(
         dtype=_code("rms_norm", x),
         x=x.data_ptr(),
         weight=weight.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        out=out.data_ptr(),
+        tokens=size["tokens"],
+        width=size["width"],
+        eps=eps,
+        offset=offset,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Layer norm of x, or of residual + x, which `residual` then holds."""
+    args = [Arg("x", x, "tokens width"), Arg("weight", weight, "width")]
+    if bias is not None:
+        args.append(Arg("bias", bias, "width"))
+    if residual is not None:
+        args.append(Arg("residual", residual, "tokens width"))
+    size = match("layer_norm", *args)
+    out = torch.empty_like(x)
+    if not _runs_native("layer_norm", x):
+        reference.layer_norm(x, weight, bias, eps, residual, out)
+        return out
+    _core.layer_norm(
+        dtype=_code("layer_norm", x),
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
         out=out.data_ptr(),
         tokens=size["tokens"],
@@ -204,7 +256,12 @@ def rms_norm(
 
 
 def rope(
-    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
 ) -> None:
     """Rotate query and key in place by the table's row of each position; see `reference.rope`."""
     size = match(
@@ -212,12 +269,15 @@ def rope(
         Arg("query", query, "tokens heads dim", rows=True),
         Arg("key", key, "tokens kv_heads dim", rows=True),
         Arg("positions", positions, "tokens", torch.int64),
-        Arg("cos_sin", cos_sin, "max_positions dim", torch.float32),
+        Arg("cos_sin", cos_sin, "max_positions rotary", torch.float32),
     )
-    if size["dim"] % 2 != 0:
-        raise ValueError(f"rope: query has an odd head dimension, {size['dim']}")
+    if size["rotary"] % 2 != 0 or size["rotary"] > size["dim"]:
+        raise ValueError(
+            f"rope: cos_sin turns {size['rotary']} elements of a head; that must be even and at "
+            f"most the {size['dim']} of query"
+        )
     if not _runs_native("rope", query):
-        reference.rope(query, key, positions, cos_sin)
+        reference.rope(query, key, positions, cos_sin, interleaved)
         return
     for tensor, heads in ((query, size["heads"]), (key, size["kv_heads"])):
         _core.rope(
@@ -230,27 +290,33 @@ def rope(
             tokens=size["tokens"],
             heads=heads,
             dim=size["dim"],
+            rotary=size["rotary"],
+            interleaved=interleaved,
             threads=torch.get_num_threads(),
         )
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """silu(left half) * right half of each row; see `reference.silu_and_mul`."""
-    size = match("silu_and_mul", Arg("x", x, "tokens 2*width"))
-    if size["2*width"] % 2 != 0:
-        raise ValueError(f"silu_and_mul: x has an odd width, {size['2*width']}")
-    out = torch.empty((size["tokens"], size["2*width"] // 2), dtype=x.dtype, device=x.device)
-    if not _runs_native("silu_and_mul", x):
-        reference.silu_and_mul(x, out)
+def act(x: torch.Tensor, function: Function) -> torch.Tensor:
+    """The function of each element."""
+    size = match("act", Arg("x", x, "tokens width"))
+    out = torch.empty_like(x)
+    if not _runs_native("act", x):
+        reference.act(x, function, out)
         return out
-    _core.silu_and_mul(
-        dtype=_code("silu_and_mul", x),
-        x=x.data_ptr(),
-        out=out.data_ptr(),
-        tokens=size["tokens"],
-        width=size["2*width"] // 2,
-        threads=torch.get_num_threads(),
-    )
+    _activation("act", x, function, out, size["tokens"], size["width"])
+    return out
+
+
+def act_and_mul(x: torch.Tensor, function: Function) -> torch.Tensor:
+    """function(left half) * right half of each row; see `reference.act_and_mul`."""
+    size = match("act_and_mul", Arg("x", x, "tokens 2*width"))
+    if size["2*width"] % 2 != 0:
+        raise ValueError(f"act_and_mul: x has an odd width, {size['2*width']}")
+    out = torch.empty((size["tokens"], size["2*width"] // 2), dtype=x.dtype, device=x.device)
+    if not _runs_native("act_and_mul", x):
+        reference.act_and_mul(x, function, out)
+        return out
+    _activation("act_and_mul", x, function, out, size["tokens"], size["2*width"] // 2)
     return out
 
 
@@ -288,3 +354,18 @@ def _code(op: str, tensor: torch.Tensor) -> int:
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{op}: no kernel for {tensor.dtype}; there are {_FLOATS}")
     return _FLOATS.index(tensor.dtype)
+
+
+def _activation(
+    op: str, x: torch.Tensor, function: Function, out: torch.Tensor, tokens: int, width: int
+) -> None:
+    _core.activation(
+        dtype=_code(op, x),
+        function=_FUNCTIONS.index(function),
+        gated=op == "act_and_mul",
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        tokens=tokens,
+        width=width,
+        threads=torch.get_num_threads(),
+    )

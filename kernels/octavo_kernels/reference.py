@@ -5,8 +5,38 @@ Reductions are done in float32 and rounded to the tensor's type once, at the end
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
 import torch
-from torch.nn.functional import silu
+from torch.nn import functional
+
+Function = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(slots=True, frozen=True)
+class Variant:
+    """What an attention does besides causal softmax; 0 and None are nothing.
+
+    A query sees the last `window` tokens, its own included. `softcap` bounds the scores smoothly.
+    `sinks` [heads] are scores that take their share of the softmax and give no value.
+    """
+
+    window: int = 0
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+
+PLAIN = Variant()
+
+_FUNCTIONS: dict[Function, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
 
 
 def paged_attention(
@@ -17,14 +47,16 @@ def paged_attention(
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    out: torch.Tensor,
-) -> None:
+    variant: Variant,
+) -> torch.Tensor:
     """Causal attention of each sequence's newest queries over its paged keys and values.
 
     Sequence s owns rows query_start[s]..query_start[s+1] of `query`; the last of them stands at
     position seq_lens[s] - 1. Entries of a block table beyond the sequence's length, and cache
-    slots that no sequence owns, are never read.
+    slots that no sequence owns, are never read; nor are those that lie behind all windows.
     """
+    window, softcap, sinks = variant.window, variant.softcap, variant.sinks
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     block_size = key_cache.shape[1]
     group = query.shape[1] // key_cache.shape[2]
     starts, lengths = query_start.tolist(), seq_lens.tolist()
@@ -32,16 +64,29 @@ def paged_attention(
         begin, end = starts[s], starts[s + 1]
         if begin == end:
             continue
-        table = block_tables[s, : -(-length // block_size)].long()
-        keys = key_cache[table].flatten(0, 1)[:length].float()
-        values = value_cache[table].flatten(0, 1)[:length].float()
+        first = length - (end - begin)
+        behind = max(0, first + 1 - window) // block_size * block_size if window else 0
+        table = block_tables[s, behind // block_size : -(-length // block_size)].long()
+        keys = key_cache[table].flatten(0, 1)[: length - behind].float()
+        values = value_cache[table].flatten(0, 1)[: length - behind].float()
         q = query[begin:end].float()
         scores = torch.einsum("qhd,khd->hqk", q, keys.repeat_interleave(group, dim=1)) * scale
-        position = torch.arange(length - (end - begin), length, device=query.device)
-        future = torch.arange(length, device=query.device)[None, :] > position[:, None]
-        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        position = torch.arange(first, length, device=query.device)[:, None]
+        of_key = torch.arange(behind, length, device=query.device)[None, :]
+        unseen = of_key > position
+        if window:
+            unseen |= of_key <= position - window
+            values = values.masked_fill(unseen.all(0)[:, None, None], 0)
+        scores = scores.masked_fill(unseen, float("-inf"))
+        if sinks is not None:
+            column = sinks[:, None, None].expand(-1, end - begin, 1)
+            scores = torch.cat((scores, column), dim=-1)
+        weights = scores.softmax(dim=-1)[..., : length - behind]
         mixed = torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, dim=1))
         out[begin:end] = mixed.to(out.dtype)
+    return out
 
 
 def write_kv(
@@ -64,33 +109,71 @@ def rms_norm(
     eps: float,
     residual: torch.Tensor | None,
     out: torch.Tensor,
+    offset: float,
 ) -> None:
-    """Root-mean-square norm of each row; with `residual`, of residual + x, which it becomes."""
+    """Root-mean-square norm of each row; with `residual`, of residual + x, which it becomes.
+
+    Without an offset to the weight the normed row is rounded before the weight is applied, with
+    one only after: as the models that have it were trained.
+    """
     if residual is not None:
         residual += x
         x = residual
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    out.copy_(scaled.to(x.dtype) * weight)
+    out.copy_(scaled * (offset + weight.float()) if offset else scaled.to(x.dtype) * weight)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Layer norm of each row; with `residual`, of residual + x, which it becomes."""
+    if residual is not None:
+        residual += x
+        x = residual
+    wide_bias = None if bias is None else bias.float()
+    out.copy_(functional.layer_norm(x.float(), x.shape[-1:], weight.float(), wide_bias, eps))
 
 
 def rope(
-    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    interleaved: bool,
 ) -> None:
-    """Rotate query and key in place, neox style: element i pairs with element i + dim/2.
+    """Rotate the first elements of each head, as many as `cos_sin` has columns, in place.
 
-    Row p of `cos_sin` holds the cosines of position p, then its sines, dim/2 of each.
+    Row p of `cos_sin` holds the cosines of position p, then its sines. Of n elements number i
+    pairs with i + n/2, or, `interleaved`, 2i with 2i + 1.
     """
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+    half = cos.shape[-1]
     for tensor in (query, key):
-        low, high = tensor.float().chunk(2, dim=-1)
-        tensor.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+        turning = tensor[..., : 2 * half]
+        low, high = (
+            (turning[..., 0::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
+        )
+        a, b = low.float(), high.float()
+        turned = a * cos - b * sin, b * cos + a * sin
+        low.copy_(turned[0])
+        high.copy_(turned[1])
 
 
-def silu_and_mul(x: torch.Tensor, out: torch.Tensor) -> None:
-    """silu(left half) * right half of each row."""
+def act(x: torch.Tensor, function: Function, out: torch.Tensor) -> None:
+    """The function of each element; "gelu" is the exact one, "gelu_tanh" its approximation."""
+    out.copy_(_FUNCTIONS[function](x.float()))
+
+
+def act_and_mul(x: torch.Tensor, function: Function, out: torch.Tensor) -> None:
+    """function(left half) * right half of each row."""
     gate, up = x.float().chunk(2, dim=-1)
-    out.copy_(silu(gate) * up)
+    out.copy_(_FUNCTIONS[function](gate) * up)
 
 
 def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ The inputs are hostile: whatever an operation must not read is NaN or an absurd 
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -187,6 +188,99 @@ def test_bits_do_not_depend_on_chunking(cuts, instruction_set) -> None:
                 torch.tensor([end], dtype=torch.int32), inputs.scale,
             )  # fmt: skip
             assert torch.equal(chunk, whole[begin:end])
+
+
+def masked(inputs, window: int, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Windowed, capped attention with sinks, written as one dense softmax a head and sequence."""
+    rows = []
+    for s, (keys, values) in enumerate(zip(inputs.keys, inputs.values, strict=True)):
+        query = inputs.query[inputs.query_start[s] : inputs.query_start[s + 1]].double()
+        new, total, heads = len(query), len(keys), query.shape[1]
+        group = heads // keys.shape[1]
+        out = torch.zeros(new, heads, query.shape[2], dtype=torch.float64)
+        for q in range(new):
+            at = total - new + q
+            first = max(0, at + 1 - window) if window else 0
+            for h in range(heads):
+                scores = keys[first : at + 1, h // group].double() @ query[q, h] * inputs.scale
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[h : h + 1].double()))
+                share = scores.softmax(0)[: at + 1 - first]
+                out[q, h] = share @ values[first : at + 1, h // group].double()
+        rows.append(out)
+    return torch.cat(rows).float()
+
+
+SINKS = torch.tensor([2.0, -1.0, 0.5, 30.0])
+MASKS = {
+    "window 1": (1, 0.0, None),
+    "window 7": (7, 0.0, None),
+    "window 32": (32, 0.0, None),
+    "window 33": (33, 0.0, None),
+    "window beyond": (1000, 0.0, None),
+    "softcap": (0, 2.0, None),
+    "sinks": (0, 0.0, SINKS),
+    "all": (20, 5.0, SINKS),
+}
+SPREAD = ((5, 5), (1, 77), (9, 70), (0, 7), (1, 1), (40, 40))
+
+
+def hide_behind(inputs, window: int, block_size: int) -> None:
+    """Take away whole blocks that no query sees, as a sliding-window cache does."""
+    counts = inputs.query_start.diff().tolist()
+    for s, (new, total) in enumerate(zip(counts, inputs.seq_lens.tolist(), strict=True)):
+        gone = max(0, total - new + 1 - window) // block_size if window else 0
+        inputs.block_tables[s, :gone] = -1
+
+
+@pytest.mark.parametrize("implementation", [*ops.instruction_sets(), "reference"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_window_softcap_and_sinks(mask, implementation) -> None:
+    window, softcap, sinks = mask
+    for dim, block_size in ((64, 16), (20, 3)):
+        inputs = make(Case(SPREAD, dim=dim, block_size=block_size))
+        hide_behind(inputs, window, block_size)
+        how = (
+            ops.forced("reference")
+            if implementation == "reference"
+            else ops.forced_instruction_set(implementation)
+        )
+        with how:
+            got = ops.paged_attention(*inputs.arguments(), ops.Variant(window, softcap, sinks))
+        expected = masked(inputs, window, softcap, sinks)
+        torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masked_bits_do_not_depend_on_chunks_or_mates(mask, instruction_set) -> None:
+    window, softcap, sinks = mask
+    variant = ops.Variant(window, softcap, sinks)
+    inputs = make(Case(((150, 150), (3, 90))))
+    with ops.forced_instruction_set(instruction_set):
+        together = ops.paged_attention(*inputs.arguments(), variant)
+        cuts = (0, 1, 31, 64, 97, 150)
+        for begin, end in itertools.pairwise(cuts):
+            chunk = ops.paged_attention(
+                inputs.query[begin:end], inputs.key_cache, inputs.value_cache,
+                inputs.block_tables[:1], torch.tensor([0, end - begin], dtype=torch.int32),
+                torch.tensor([end], dtype=torch.int32), inputs.scale, variant,
+            )  # fmt: skip
+            assert torch.equal(chunk, together[begin:end])
+        alone = ops.paged_attention(*subset(inputs, [1]), variant)
+        assert torch.equal(alone, together[150:])
+
+
+@pytest.mark.parametrize("bad", [{"window": -1}, {"softcap": -1.0}, {"softcap": float("nan")}])
+def test_a_negative_window_or_softcap_is_refused(bad) -> None:
+    with pytest.raises(ValueError, match="window and softcap must be 0 or more"):
+        ops.paged_attention(*make(Case(((4, 20),))).arguments(), ops.Variant(**bad))
+
+
+def test_sinks_are_one_for_each_head() -> None:
+    with pytest.raises(ValueError, match="sinks has heads=3"):
+        ops.paged_attention(*make(Case(((4, 20),))).arguments(), ops.Variant(sinks=torch.zeros(3)))
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 8, 128])

@@ -62,8 +62,8 @@ def test_unknown_implementation_is_refused() -> None:
 
 @native
 def test_a_type_without_kernel_is_named() -> None:
-    with pytest.raises(TypeError, match=r"silu_and_mul: no kernel for torch\.float64"):
-        ops.silu_and_mul(torch.zeros(1, 2, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"act_and_mul: no kernel for torch\.float64"):
+        ops.act_and_mul(torch.zeros(1, 2, dtype=torch.float64), "silu")
 
 
 def test_without_the_compiled_module_torch_runs_and_a_line_says_so() -> None:
@@ -77,7 +77,7 @@ class Hide:
 sys.meta_path.insert(0, Hide())
 from octavo_kernels import ops
 import torch
-print(ops.implementations(), ops.silu_and_mul(torch.ones(1, 2)).item())
+print(ops.implementations(), ops.act_and_mul(torch.ones(1, 2), "silu").item())
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -53,31 +53,35 @@ struct Row {
   Vec weight;          // sums of weights, lane by lane
 };
 
-// Keys and values of one tile, as float rows; rows at `count` and beyond are zeros.
+// Keys and values of one tile, as float rows; rows that no query sees are zeros.
 struct Tile {
   const float* keys[kTile];
   const float* values[kTile];
-  int count;
 };
 
-OCTAVO_INLINE void attend(Row& row, const Tile& tile, int count, int64_t dim, float scale) {
+// The row's query takes in positions first..count of the tile.
+OCTAVO_INLINE void attend(Row& row, const Tile& tile, int first, int count, int64_t dim,
+                          float scale, float softcap) {
   const Vec lowest = splat(-INFINITY);
   alignas(64) float weights[kTile];
   float maximum = row.maximum;
-  for (int at = 0; at < count; at += kLanes) {
+  const int begin = first / kLanes * kLanes;
+  for (int at = begin; at < count; at += kLanes) {
+    const VecInt position = lane_numbers() + at;
     Vec score = products(row.query, tile.keys + at, dim) * scale;
-    score = lane_numbers() + at < count ? score : lowest;
+    if (softcap > 0) score = tanh(score / softcap) * softcap;
+    score = position >= first ? score : lowest;
+    score = position < count ? score : lowest;
     store(weights + at, score);
     const float most = max_lanes(score);
     maximum = most > maximum ? most : maximum;
   }
   const float shrink = exp(splat(row.maximum - maximum))[0];
   Vec sum = row.weight * shrink;
-  for (int at = 0; at < count; at += kLanes) {
-    const Vec weight = exp(load(weights + at) - maximum);
-    const Vec kept = lane_numbers() + at < count ? weight : Vec{};
-    store(weights + at, kept);
-    sum += kept;
+  for (int at = begin; at < count; at += kLanes) {
+    const Vec weight = exp(load(weights + at) - maximum);  // 0 where the score is the lowest
+    store(weights + at, weight);
+    sum += weight;
   }
   row.weight = sum;
   row.maximum = maximum;
@@ -85,7 +89,7 @@ OCTAVO_INLINE void attend(Row& row, const Tile& tile, int count, int64_t dim, fl
   for (; at + kChunks * kLanes <= dim; at += kChunks * kLanes) {
     Vec mixed[kChunks];
     for (int c = 0; c < kChunks; ++c) mixed[c] = load(row.mixed + at + c * kLanes) * shrink;
-    for (int j = 0; j < count; ++j) {
+    for (int j = first; j < count; ++j) {
       const float* value = tile.values[j] + at;
       for (int c = 0; c < kChunks; ++c) mixed[c] += weights[j] * load(value + c * kLanes);
     }
@@ -93,7 +97,7 @@ OCTAVO_INLINE void attend(Row& row, const Tile& tile, int count, int64_t dim, fl
   }
   for (; at < dim; at += kLanes) {
     Vec mixed = load(row.mixed + at) * shrink;
-    for (int j = 0; j < count; ++j) mixed += weights[j] * load(tile.values[j] + at);
+    for (int j = first; j < count; ++j) mixed += weights[j] * load(tile.values[j] + at);
     store(row.mixed + at, mixed);
   }
 }
@@ -132,12 +136,16 @@ class ItemRun {
   void run() {
     start_rows();
     const int64_t first_position = position_of(0), last = first_position + item_.count;
-    for (int64_t begin = 0; begin < last; begin += kTile) {
-      gather(begin, begin + kTile < last ? kTile : int(last - begin));
+    const int64_t seen_from = window_start(first_position);
+    for (int64_t begin = seen_from / kTile * kTile; begin < last; begin += kTile) {
+      gather(begin, seen_from > begin ? int(seen_from - begin) : 0,
+             begin + kTile < last ? kTile : int(last - begin));
       for (int64_t r = 0; r < rows_; ++r) {
-        const int64_t seen = first_position + r / group_ + 1 - begin;
-        if (seen <= 0) continue;
-        attend(row_[r], tile_, seen < kTile ? int(seen) : kTile, dim_, args_.scale);
+        const int64_t position = first_position + r / group_;
+        const int64_t seen = position + 1 - begin, behind = window_start(position) - begin;
+        if (seen <= 0 || behind >= kTile) continue;
+        attend(row_[r], tile_, behind > 0 ? int(behind) : 0, seen < kTile ? int(seen) : kTile,
+               dim_, args_.scale, args_.softcap);
       }
     }
     finish_rows();
@@ -151,6 +159,11 @@ class ItemRun {
     return args_.seq_lens[item_.seq] - queries + item_.first + query;
   }
 
+  // The first position that a query at `position` sees.
+  int64_t window_start(int64_t position) const {
+    return args_.window > 0 && position >= args_.window ? position + 1 - args_.window : 0;
+  }
+
   // Row r is query r / group under head kv_head * group + r % group.
   int64_t head_of(int64_t r) const { return item_.kv_head * group_ + r % group_; }
 
@@ -160,6 +173,10 @@ class ItemRun {
       const T* token = query + (first_row() + r / group_) * args_.query_stride;
       widen_row(token + head_of(r) * args_.dim, args_.dim, queries_ + r * dim_);
       row_[r] = Row{queries_ + r * dim_, mixed_ + r * dim_, -INFINITY, Vec{}};
+      if (args_.sinks != nullptr) {  // as a first key whose value is zero
+        row_[r].maximum = args_.sinks[head_of(r)];
+        row_[r].weight[0] = 1.0f;
+      }
     }
   }
 
@@ -172,12 +189,13 @@ class ItemRun {
     }
   }
 
-  // Points the tile at positions begin..begin + count; copies rows that are not padded floats.
-  void gather(int64_t begin, int count) {
-    tile_.count = count;
+  // Points the tile at positions begin + first..begin + count, at zeros elsewhere; copies rows
+  // that are not padded floats.
+  void gather(int64_t begin, int first, int count) {
+    for (int j = 0; j < first; ++j) tile_.keys[j] = tile_.values[j] = zeros_;
     const T* keys = static_cast<const T*>(args_.key_cache);
     const T* values = static_cast<const T*>(args_.value_cache);
-    for (int j = 0; j < count; ++j) {
+    for (int j = first; j < count; ++j) {
       const int64_t position = begin + j;
       const int64_t block = table_[position / args_.block_size];
       const int64_t slot = block * args_.block_size + position % args_.block_size;
@@ -216,7 +234,9 @@ void attention_items(const PagedAttention& args, const AttentionItem* items, int
   int64_t rows = 0, products = 0;
   for (int64_t i = 0; i < count; ++i) {
     rows = items[i].count > rows ? items[i].count : rows;
-    products += items[i].count * group * args.seq_lens[items[i].seq] * args.dim;
+    const int64_t length = args.seq_lens[items[i].seq];
+    const int64_t seen = args.window > 0 && args.window < length ? args.window : length;
+    products += items[i].count * group * seen * args.dim;
   }
   const int64_t floats = item_floats(rows * group, round_up(args.dim, kLanes));
   const int64_t paid = products / kProductsPerThread, useful = paid < count ? paid : count;

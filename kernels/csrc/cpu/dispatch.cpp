@@ -15,12 +15,16 @@ struct Isa {
   const char* name;
   void (*attention_items)(const PagedAttention&, const AttentionItem*, int64_t);
   void (*rms_norm)(const RmsNorm&);
+  void (*layer_norm)(const LayerNorm&);
   void (*rope)(const Rope&);
-  void (*silu_and_mul)(const SiluAndMul&);
+  void (*activation)(const Activation&);
 };
 
-#define OCTAVO_ISA_TABLE(name) \
-  Isa { #name, name::attention_items, name::rms_norm, name::rope, name::silu_and_mul }
+#define OCTAVO_ISA_TABLE(name)                                                         \
+  Isa {                                                                                \
+    #name, name::attention_items, name::rms_norm, name::layer_norm, name::rope,        \
+        name::activation                                                               \
+  }
 
 // What this host can run, best first.
 const std::vector<Isa>& hosts_isas() {
@@ -67,7 +71,9 @@ void check_sequence(const PagedAttention& args, int64_t s) {
     refuse("paged_attention: " + at("seq_lens", s, length) + ", which needs " +
            std::to_string(used) + " blocks; block_tables has " + std::to_string(args.max_blocks));
   }
-  for (int64_t b = 0; b < used; ++b) {
+  // Blocks behind the first query's window may be gone already.
+  const int64_t seen_from = args.window > 0 ? length - queries + 1 - args.window : 0;
+  for (int64_t b = seen_from > 0 ? seen_from / args.block_size : 0; b < used; ++b) {
     const int64_t block = args.block_tables[s * args.max_blocks + b];
     if (block < 0 || block >= args.blocks) {
       refuse("paged_attention: " + at("block_tables", s, block) + " at " + std::to_string(b) +
@@ -133,6 +139,8 @@ void paged_attention(const PagedAttention& args) {
 
 void rms_norm(const RmsNorm& args) { chosen()->rms_norm(args); }
 
+void layer_norm(const LayerNorm& args) { chosen()->layer_norm(args); }
+
 void rope(const Rope& args) {
   for (int64_t t = 0; t < args.tokens; ++t) {
     const int64_t position = args.positions[t];
@@ -144,7 +152,7 @@ void rope(const Rope& args) {
   chosen()->rope(args);
 }
 
-void silu_and_mul(const SiluAndMul& args) { chosen()->silu_and_mul(args); }
+void activation(const Activation& args) { chosen()->activation(args); }
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;

@@ -9,8 +9,9 @@ namespace octavo {
   namespace name {                                                                            \
   void attention_items(const PagedAttention& args, const AttentionItem* items, int64_t count); \
   void rms_norm(const RmsNorm& args);                                                         \
+  void layer_norm(const LayerNorm& args);                                                     \
   void rope(const Rope& args);                                                                \
-  void silu_and_mul(const SiluAndMul& args);                                                  \
+  void activation(const Activation& args);                                                    \
   }
 
 OCTAVO_DECLARE_ISA(baseline)

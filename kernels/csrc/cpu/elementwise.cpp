@@ -33,12 +33,11 @@ OCTAVO_INLINE float inverse_rms(const float* row, int64_t padded, int64_t width,
   return 1.0f / sqrtf(total / float(width) + eps);
 }
 
-template <typename T>
-OCTAVO_INLINE void norm_row(const RmsNorm& args, int64_t token, float* row, int64_t padded) {
+// The token's row as floats, padded with zeros; where there is a residual, residual + x.
+template <typename T, typename Args>
+OCTAVO_INLINE void start_row(const Args& args, int64_t token, float* row, int64_t padded) {
   const int64_t width = args.width;
   const T* x = static_cast<const T*>(args.x) + token * width;
-  const T* weight = static_cast<const T*>(args.weight);
-  T* out = static_cast<T*>(args.out) + token * width;
   if (args.residual != nullptr) {
     T* residual = static_cast<T*>(args.residual) + token * width;
     for (int64_t i = 0; i < width; ++i) narrow(widen(residual[i]) + widen(x[i]), residual + i);
@@ -46,7 +45,21 @@ OCTAVO_INLINE void norm_row(const RmsNorm& args, int64_t token, float* row, int6
   }
   widen_row(x, width, row);
   memset(row + width, 0, sizeof(float) * (padded - width));
+}
+
+template <typename T>
+OCTAVO_INLINE void rms_norm_row(const RmsNorm& args, int64_t token, float* row, int64_t padded) {
+  const int64_t width = args.width;
+  const T* weight = static_cast<const T*>(args.weight);
+  T* out = static_cast<T*>(args.out) + token * width;
+  start_row<T>(args, token, row, padded);
   const float inverse = inverse_rms(row, padded, width, args.eps);
+  if (args.offset != 0) {
+    for (int64_t i = 0; i < width; ++i) {
+      narrow(row[i] * inverse * (args.offset + widen(weight[i])), out + i);
+    }
+    return;
+  }
   for (int64_t i = 0; i < width; ++i) {
     T normed;  // rounded before the weight is applied, as the models were trained
     narrow(row[i] * inverse, &normed);
@@ -54,14 +67,47 @@ OCTAVO_INLINE void norm_row(const RmsNorm& args, int64_t token, float* row, int6
   }
 }
 
+OCTAVO_INLINE float mean(const float* row, int64_t padded, int64_t width) {
+  Vec sums[kSums] = {};
+  for (int64_t at = 0; at < padded; at += kSums * kLanes) {
+    for (int i = 0; i < kSums; ++i) sums[i] += load(row + at + i * kLanes);
+  }
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(width);
+}
+
+template <typename T>
+OCTAVO_INLINE void layer_norm_row(const LayerNorm& args, int64_t token, float* row,
+                                  int64_t padded) {
+  const int64_t width = args.width;
+  const T* weight = static_cast<const T*>(args.weight);
+  const T* bias = static_cast<const T*>(args.bias);
+  T* out = static_cast<T*>(args.out) + token * width;
+  start_row<T>(args, token, row, padded);
+  const float centre = mean(row, padded, width);
+  for (int64_t i = 0; i < width; ++i) row[i] -= centre;
+  const float inverse = inverse_rms(row, padded, width, args.eps);
+  for (int64_t i = 0; i < width; ++i) {
+    const float scaled = row[i] * inverse * widen(weight[i]);
+    narrow(bias == nullptr ? scaled : scaled + widen(bias[i]), out + i);
+  }
+}
+
 template <typename T>
 OCTAVO_INLINE void rotate_row(const Rope& args, int64_t token) {
-  const int64_t half = args.dim / 2;
-  const float* cosines = args.cos_sin + args.positions[token] * args.dim;
+  const int64_t half = args.rotary / 2;
+  const float* cosines = args.cos_sin + args.positions[token] * args.rotary;
   const float* sines = cosines + half;
   T* row = static_cast<T*>(args.x) + token * args.stride;
   for (int64_t h = 0; h < args.heads; ++h) {
     T* low = row + h * args.dim;
+    if (args.interleaved) {
+      for (int64_t i = 0; i < half; ++i) {
+        const float a = widen(low[2 * i]), b = widen(low[2 * i + 1]);
+        narrow(a * cosines[i] - b * sines[i], low + 2 * i);
+        narrow(b * cosines[i] + a * sines[i], low + 2 * i + 1);
+      }
+      continue;
+    }
     T* high = low + half;
     for (int64_t i = 0; i < half; ++i) {
       const float a = widen(low[i]), b = widen(high[i]);
@@ -71,19 +117,44 @@ OCTAVO_INLINE void rotate_row(const Rope& args, int64_t token) {
   }
 }
 
-template <typename T>
-OCTAVO_INLINE void activate_row(const SiluAndMul& args, int64_t token) {
-  const T* gate = static_cast<const T*>(args.x) + token * 2 * args.width;
-  const T* up = gate + args.width;
+template <Function function>
+OCTAVO_INLINE Vec apply(Vec x) {
+  if constexpr (function == Function::kSilu) return x / (1.0f + exp(-x));
+  if constexpr (function == Function::kRelu) return x < Vec{} ? Vec{} : x;  // a NaN stays
+  if constexpr (function == Function::kGelu) {
+    for (int i = 0; i < kLanes; ++i) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+    return x;
+  }
+  const Vec inner = 0.79788456f * (x + 0.044715f * x * x * x);
+  return 0.5f * x * (1.0f + tanh(inner));
+}
+
+template <typename T, Function function>
+OCTAVO_INLINE void activate_row(const Activation& args, int64_t token) {
+  const int64_t stride = args.gated ? 2 * args.width : args.width;
+  const T* x = static_cast<const T*>(args.x) + token * stride;
   T* out = static_cast<T*>(args.out) + token * args.width;
   for (int64_t at = 0; at < args.width; at += kLanes) {
     const int count = args.width - at < kLanes ? int(args.width - at) : kLanes;
-    float gates[kLanes] = {}, ups[kLanes] = {};
-    widen_row(gate + at, count, gates);
-    widen_row(up + at, count, ups);
-    const Vec x = load(gates);
-    const Vec y = x / (1.0f + exp(-x)) * load(ups);
+    float wide[kLanes] = {}, factors[kLanes] = {};
+    widen_row(x + at, count, wide);
+    Vec y = apply<function>(load(wide));
+    if (args.gated) {
+      widen_row(x + args.width + at, count, factors);
+      y *= load(factors);
+    }
     for (int i = 0; i < count; ++i) narrow(y[i], out + at + i);
+  }
+}
+
+template <Function function>
+OCTAVO_INLINE void activate(const Activation& args) {
+  const int threads = threads_for(args.tokens * args.width, args.threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t token = 0; token < args.tokens; ++token) {
+    with_type(args.dtype, [&](auto* type) {
+      activate_row<std::remove_pointer_t<decltype(type)>, function>(args, token);
+    });
   }
 }
 
@@ -98,7 +169,22 @@ void rms_norm(const RmsNorm& args) {
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < args.tokens; ++token) {
       with_type(args.dtype, [&](auto* type) {
-        norm_row<std::remove_pointer_t<decltype(type)>>(args, token, row, padded);
+        rms_norm_row<std::remove_pointer_t<decltype(type)>>(args, token, row, padded);
+      });
+    }
+  }
+}
+
+void layer_norm(const LayerNorm& args) {
+  const int threads = threads_for(args.tokens * args.width, args.threads);
+  const int64_t padded = round_up(args.width, kSums * kLanes);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* const row = scratch(padded);
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < args.tokens; ++token) {
+      with_type(args.dtype, [&](auto* type) {
+        layer_norm_row<std::remove_pointer_t<decltype(type)>>(args, token, row, padded);
       });
     }
   }
@@ -114,13 +200,12 @@ void rope(const Rope& args) {
   }
 }
 
-void silu_and_mul(const SiluAndMul& args) {
-  const int threads = threads_for(args.tokens * args.width, args.threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t token = 0; token < args.tokens; ++token) {
-    with_type(args.dtype, [&](auto* type) {
-      activate_row<std::remove_pointer_t<decltype(type)>>(args, token);
-    });
+void activation(const Activation& args) {
+  switch (args.function) {
+    case Function::kSilu: return activate<Function::kSilu>(args);
+    case Function::kGelu: return activate<Function::kGelu>(args);
+    case Function::kGeluTanh: return activate<Function::kGeluTanh>(args);
+    case Function::kRelu: return activate<Function::kRelu>(args);
   }
 }
 

@@ -72,6 +72,20 @@ OCTAVO_INLINE Vec exp(Vec x) {
   return x < low ? Vec{} : x > high ? splat(INFINITY) : result;
 }
 
+// tanh(x) within 2e-7: an odd polynomial near 0, elsewhere from e^2|x|.
+OCTAVO_INLINE Vec tanh(Vec x) {
+  const Vec size = x < Vec{} ? -x : x;
+  const Vec far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+  const Vec z = x * x;
+  Vec p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const Vec near = p * z * x + x;
+  return size < splat(0.625f) ? near : x < Vec{} ? -far : far;
+}
+
 OCTAVO_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);

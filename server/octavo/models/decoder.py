@@ -60,7 +60,7 @@ class Decoder:
             x = self._attention(at, x, batch, kv_cache[layer])
             x = ops.rms_norm(x, p[at + "post_norm"], spec.norm_eps, residual)
             x = self._linear(at + "gate_up", x)
-            x = self._linear(at + "down", ops.silu_and_mul(x))
+            x = self._linear(at + "down", ops.act_and_mul(x, "silu"))
             if layer + 1 < spec.num_layers:
                 norm = p[f"layers.{layer + 1}.input_norm"]
                 x = ops.rms_norm(x, norm, spec.norm_eps, residual)
