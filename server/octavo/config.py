@@ -44,6 +44,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     scheduling_policy: str = "fcfs"
+    enable_prefix_caching: bool = True
     seed: int = 0
     num_threads: int | None = None
 
@@ -192,6 +193,12 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         default="fcfs",
         help="order of the waiting queue (default %(default)s)",
     )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the KV blocks of ended requests for those that begin with the same tokens",
+    )
 
 
 def reject_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -220,6 +227,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         scheduling_policy=args.scheduling_policy,
+        enable_prefix_caching=args.enable_prefix_caching,
         seed=args.seed,
         num_threads=cpu_limit() if args.num_threads is None else args.num_threads,
     )
@@ -301,6 +309,12 @@ def limit_threads(num_threads: int) -> None:
     # Where other processes want the same cores, a thread that spins while it waits for its mates
     # keeps them from running: steps then take tens of times longer.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def default_threads() -> int:
+    """CPU threads where nobody said: OMP_NUM_THREADS if it is set, else the CPU limit."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else cpu_limit()
 
 
 def cpu_limit(root: Path = CGROUP_ROOT, membership: Path = PROC_CGROUP) -> int:

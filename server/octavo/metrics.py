@@ -168,6 +168,16 @@ class _EngineCollector(Collector):
         yield self._counter(
             "vllm:num_preemptions", "Sequences preempted.", load.preemptions if load else 0
         )
+        yield self._counter(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens looked for in the prefix cache.",
+            load.prefix_cache_queries if load else 0,
+        )
+        yield self._counter(
+            "vllm:prefix_cache_hits",
+            "Prompt tokens found in the prefix cache.",
+            load.prefix_cache_hits if load else 0,
+        )
         if view.ready is not None:
             values = self._cache_config | {
                 "block_size": str(view.ready.block_size),

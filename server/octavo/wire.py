@@ -13,12 +13,16 @@ from octavo.params import SamplingParams
 
 
 class AddRequest(msgspec.Struct, tag="add", frozen=True):
-    """API → engine: a validated request. `request_id` is unique for the life of the API process."""
+    """API → engine: a validated request. `request_id` is unique for the life of the API process.
+
+    Equal prompts share cached blocks only where their `cache_salt` is equal.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    cache_salt: str = ""
 
 
 class AbortRequest(msgspec.Struct, tag="abort", frozen=True):
@@ -99,7 +103,8 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     """Engine → API: the scheduler's state, after a step at most every 50 ms, when idle each second.
 
     The counters are totals since the engine started. `demand_blocks` maps a horizon ("now", "10s",
-    "30s", "60s") to the blocks that running and waiting work will then need.
+    "30s", "60s") to the blocks that running and waiting work will then need. The prefix cache's
+    queries and hits are tokens, counted when a sequence first runs.
     """
 
     blocks: Blocks
@@ -116,6 +121,8 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     steps: int
     prompt_tokens: int
     generation_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
     last_activity: float
 
 

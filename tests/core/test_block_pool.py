@@ -11,7 +11,10 @@ from octavo.core.block_pool import NULL_BLOCK, BlockPool, IntegrityError, OutOfB
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Tables are made, shared and released at random; the pool's books must follow from them."""
+    """Tables are made, shared and released at random; the pool's books must follow from them.
+
+    The model of contents is one list of (block, key, ever found), longest unused first.
+    """
 
     @initialize(size=st.integers(1, 12))
     def make(self, size):
@@ -19,18 +22,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.size = size
         self.tables = []
         self.handed_out = 0
+        self.contents = []
+        self.links = {}
 
     @rule(count=st.integers(0, 6))
     def allocate(self, count):
-        free = self.size - len(self.held())
-        if count > free:
-            with pytest.raises(OutOfBlocksError, match=f"{count} blocks asked for, {free} free"):
+        available = self.size - len(self.held())
+        if count > available:
+            text = f"{count} blocks asked for, {available} free"
+            with pytest.raises(OutOfBlocksError, match=text):
                 self.pool.allocate(count)
             return
+        idle = [entry for entry in self.contents if entry[0] not in self.held()]
+        evicted = sorted(idle, key=lambda entry: entry[2])[: max(0, count - self.num_blank())]
         blocks = self.pool.allocate(count)
         assert len(set(blocks)) == count
         assert not set(blocks) & set(self.held()), "a block in use was handed out"
         assert NULL_BLOCK not in blocks
+        assert {entry[0] for entry in idle} & set(blocks) == {entry[0] for entry in evicted}
+        self.contents = [entry for entry in self.contents if entry not in evicted]
         self.handed_out += count
         self.tables.append(blocks)
 
@@ -47,9 +57,47 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, data):
         table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
         self.pool.release(table)
+        for block in reversed(table):
+            if block not in self.held():
+                self.contents.sort(key=lambda entry: entry[0] == block)
+
+    @rule(data=st.data(), content=st.integers(0, 9))
+    def publish(self, data, content):
+        known = {block for block, _, _ in self.contents}
+        blank = sorted(set(self.held()) - known)
+        if not blank:
+            return
+        block, key = data.draw(st.sampled_from(blank)), ("", bytes([content]))
+        link = self.pool.publish(block, key)
+        if any(entry[1] == key for entry in self.contents):
+            assert link == self.links[key]
+        else:
+            assert link not in self.links.values(), "a link was used again"
+            self.links[key] = link
+            self.contents.append((block, key, False))
+
+    @rule(content=st.integers(0, 9))
+    def find_and_take(self, content):
+        key = ("", bytes([content]))
+        found = self.pool.find(key)
+        expected = [block for block, other, _ in self.contents if other == key]
+        assert ([] if found is None else [found]) == expected
+        if found is not None:
+            self.pool.take([found])
+            self.tables.append([found])
+            self.contents = [(b, k, f or b == found) for b, k, f in self.contents]
+
+    @rule(block=st.integers(1, 12))
+    def forget(self, block):
+        self.pool.forget([block])
+        self.contents = [entry for entry in self.contents if entry[0] != block]
 
     def held(self):
         return Counter(block for table in self.tables for block in table)
+
+    def num_blank(self):
+        """Blocks that nobody holds and that hold nothing known."""
+        return self.size - len(set(self.held()) | {block for block, _, _ in self.contents})
 
     @invariant()
     def books_follow_from_the_tables(self):
@@ -58,8 +106,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert counts.total == self.size
         assert counts.active == len(held)
         assert counts.shared == sum(1 for n in held.values() if n > 1)
-        assert counts.free == self.pool.num_free == self.size - len(held)
-        assert counts.total == counts.active + counts.cached + counts.free
+        assert counts.free == self.num_blank()
+        assert counts.free + counts.cached == self.pool.num_free == self.size - len(held)
         assert all(self.pool.references(block) == n for block, n in held.items())
         assert self.pool.allocations == self.handed_out
         self.pool.check_integrity(self.tables)
@@ -94,6 +142,22 @@ def test_a_pool_without_blocks_is_refused():
         BlockPool(0)
 
 
+def test_only_published_blocks_can_be_taken(pool):
+    (block,) = pool.allocate(1)
+    with pytest.raises(IntegrityError, match=f"block {block} is not published"):
+        pool.take([block])
+
+
+def test_a_block_is_published_once_and_only_while_it_is_active(pool):
+    (block,) = pool.allocate(1)
+    pool.publish(block, ("", b"a"))
+    with pytest.raises(IntegrityError, match="published before"):
+        pool.publish(block, ("", b"b"))
+    pool.release([block])
+    with pytest.raises(IntegrityError, match="not active"):
+        pool.publish(block, ("", b"c"))
+
+
 def leak(pool, tables):
     tables.pop()
 
@@ -114,12 +178,50 @@ def miscount_shared(pool, tables):
     pool._shared += 1
 
 
-DAMAGE = (leak, forget_reference, free_twice, hand_out_free, miscount_shared)
+def lose_a_cached_block(pool, tables):
+    pool._never_found.popitem()
+
+
+def lose_a_key(pool, tables):
+    pool._key_of.popitem()
+
+
+def lose_a_link(pool, tables):
+    pool._link_of.popitem()
+
+
+def repeat_a_link(pool, tables):
+    pool._link_of = dict.fromkeys(pool._link_of, 7)
+
+
+def swap_contents(pool, tables):
+    pool._by_key = dict(zip(pool._by_key, reversed(pool._by_key.values()), strict=True))
+
+
+def mark_a_cached_block_found(pool, tables):
+    pool._found[next(iter(pool._never_found))] = True
+
+
+def publish_a_free_block(pool, tables):
+    block = pool._free[0]
+    pool._by_key["", b"x"], pool._key_of[block], pool._link_of[block] = block, ("", b"x"), 99
+
+
+DAMAGE = (
+    leak, forget_reference, free_twice, hand_out_free, miscount_shared, lose_a_cached_block,
+    lose_a_key, lose_a_link, repeat_a_link, swap_contents, mark_a_cached_block_found,
+    publish_a_free_block,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
-def test_the_integrity_check_finds(pool, damage):
+def test_the_integrity_check_finds(damage):
+    pool = BlockPool(6)
     tables = [pool.allocate(1), pool.allocate(2)]
+    old = pool.allocate(2)
+    for content, block in enumerate([*old, *tables[0]]):
+        pool.publish(block, ("", bytes([content])))
+    pool.release(old)
     pool.check_integrity(tables)
     damage(pool, tables)
     with pytest.raises(IntegrityError):

@@ -14,7 +14,9 @@ from octavo.params import ParameterError, SamplingParams
 EOS = 3
 
 
-def scheduler(*, blocks=64, block_size=4, context=64, seqs=8, budget=32, policy="fcfs"):
+def scheduler(
+    *, blocks=64, block_size=4, context=64, seqs=8, budget=32, policy="fcfs", caching=False
+):
     limits = Limits(
         block_size=block_size,
         max_model_len=context,
@@ -22,6 +24,7 @@ def scheduler(*, blocks=64, block_size=4, context=64, seqs=8, budget=32, policy=
         max_num_batched_tokens=budget,
         vocab_size=97,
         eos_token_ids=frozenset({EOS}),
+        enable_prefix_caching=caching,
     )
     return Scheduler(BlockPool(blocks), PolicyFactory.get_policy(policy), limits)
 
@@ -199,7 +202,7 @@ REFUSED = [
     ("b", [5] * 16, params(), RequestError, r"has 16 tokens; at most 15 .*context 64.*cache 16"),
     ("b", [5, 97], params(), RequestError, r"token id 97 .* 0\.\.96"),
     ("b", [5, -1], params(), RequestError, "token id -1"),
-    ("b", [5], params(temperature=3.0), ParameterError, "temperature must be in"),
+    ("b", [5], params(temperature=3.0), ParameterError, "temperature must be"),
     ("b", [5], params(stop_token_ids=(97,)), ParameterError, "stop_token_ids holds 97"),
 ]
 
@@ -235,6 +238,14 @@ def test_a_sequence_aborted_between_plan_and_commit_is_passed_over():
     engine.abort("a")
     (update,) = engine.commit(plan, [7, 8])
     assert (update.request_id, update.token_ids) == ("b", [8])
+
+
+def test_no_more_run_than_max_num_seqs():
+    engine = scheduler(seqs=3)
+    for i in range(8):
+        engine.add(str(i), [5], params(4))
+    plans, _ = run_dry(engine)
+    assert [len(p.sequences) for p in plans] == [3] * 8 + [2] * 4
 
 
 def test_no_more_run_than_a_step_has_tokens_for():

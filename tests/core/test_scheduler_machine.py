@@ -49,7 +49,14 @@ PARAMS = st.builds(
     st.lists(st.integers(0, VOCAB - 1), max_size=1),
     st.booleans(),
 )
-PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=CONTEXT + 2)
+# Half of the prompts are runs of one token, so that many begin alike.
+PROMPTS = st.one_of(
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=CONTEXT + 2),
+    st.builds(
+        lambda n, tail: [7] * n + tail, st.integers(1, 32), st.lists(st.integers(0, 1), max_size=4)
+    ),
+)
+SCOPES = st.sampled_from(["", "", "tenant"])
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -59,8 +66,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         seqs=st.integers(1, 6),
         policy=st.sampled_from(["fcfs", "priority"]),
+        caching=st.booleans(),
     )
-    def make(self, block_size, num_blocks, budget, seqs, policy):
+    def make(self, block_size, num_blocks, budget, seqs, policy, caching):
         limits = Limits(
             block_size=block_size,
             max_model_len=CONTEXT,
@@ -68,6 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             vocab_size=VOCAB,
             eos_token_ids=frozenset({EOS}),
+            enable_prefix_caching=caching,
         )
         self.policy = policy
         self.limits = limits
@@ -84,12 +93,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ended = {}
         self.added = 0
 
-    @rule(prompt=PROMPTS, params=PARAMS, priority=st.integers(-1, 1))
-    def add(self, prompt, params, priority):
+    @rule(prompt=PROMPTS, params=PARAMS, priority=st.integers(-1, 1), scope=SCOPES)
+    def add(self, prompt, params, priority, scope):
         name, room = f"r{self.added}", self.scheduler.max_len - len(prompt)
         self.added += 1
         try:
-            self.scheduler.add(name, prompt, params, priority=priority)
+            self.scheduler.add(name, prompt, params, priority=priority, scope=scope)
         except RequestError:
             assert room < 1, "refused although it would fit"
             return

@@ -246,6 +246,8 @@ def busy() -> Json:
             steps=1,
             prompt_tokens=1,
             generation_tokens=1,
+            prefix_cache_queries=0,
+            prefix_cache_hits=0,
             last_activity=0.0,
         )
     )

@@ -49,7 +49,8 @@ class FakeRunner:
             stop = share.start + len(share.token_ids)
             slots = [self._slot(share.block_table, position) for position in range(stop)]
             for slot, token in zip(slots[share.start :], share.token_ids, strict=True):
-                self.slots[slot] = token
+                if share.writes:
+                    self.slots[slot] = token
             if share.samples:
                 drawn.append(next_token([self.slots[slot] for slot in slots], self.vocab_size))
         return StepResult(drawn)

@@ -20,6 +20,7 @@ def test_defaults_are_those_of_the_documentation():
     assert engine.gpu_memory_utilization == 0.90
     assert engine.num_kv_blocks is engine.max_model_len is engine.max_num_batched_tokens is None
     assert engine.num_threads == cpu_limit()
+    assert engine.enable_prefix_caching
 
 
 def test_every_flag_reaches_its_field():
@@ -28,7 +29,7 @@ def test_every_flag_reaches_its_field():
         "--dtype float32 --block-size 8 --num-kv-blocks 64 --gpu-memory-utilization 0.5 "
         "--max-model-len 128 --max-num-seqs 4 --max-num-batched-tokens 32 --seed 7 "
         "--scheduling-policy priority --drain-timeout 3 --startup-stall-timeout 5 --max-queue 9 "
-        "--chat-template x.jinja --source path --num-threads 3"
+        "--chat-template x.jinja --source path --num-threads 3 --no-enable-prefix-caching"
     )
     config = parse_serve_args(flags.split())
     assert config.engine == EngineConfig(
@@ -43,6 +44,7 @@ def test_every_flag_reaches_its_field():
         max_num_seqs=4,
         max_num_batched_tokens=32,
         scheduling_policy="priority",
+        enable_prefix_caching=False,
         seed=7,
         num_threads=3,
     )

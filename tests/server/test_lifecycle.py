@@ -38,7 +38,8 @@ def load(steps: int = 0, running: int = 0, waiting: int = 0) -> Load:
         blocks=Blocks(32, 8, 2, 4, 20), block_size=16, kv_utilization=0.25,
         demand_blocks={"now": 9}, seconds_to_exhaustion=None, running=running, waiting=waiting,
         waiting_blocks=1, prefill_backlog_s=0.0, step_budget_used=0.5, preemptions=3, steps=steps,
-        prompt_tokens=7, generation_tokens=8, last_activity=5.0,
+        prompt_tokens=7, generation_tokens=8, prefix_cache_queries=90, prefix_cache_hits=60,
+        last_activity=5.0,
     )  # fmt: skip
 
 

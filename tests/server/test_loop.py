@@ -64,7 +64,7 @@ BAD = [
     (request("bad", (97,)), "token id 97"),
     (request("bad", ()), "no tokens"),
     (request("bad", (5,) * 64), "at most 63"),
-    (request("bad", temperature=9.0), "temperature must be in"),
+    (request("bad", temperature=9.0), "temperature must be"),
     (request("bad", top_k=0), "top_k must be"),
 ]
 

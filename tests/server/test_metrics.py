@@ -16,7 +16,8 @@ LOAD = Load(
     blocks=Blocks(64, 16, 2, 8, 40), block_size=16, kv_utilization=0.25,
     demand_blocks={"now": 20, "60s": 30}, seconds_to_exhaustion=None, running=3, waiting=2,
     waiting_blocks=4, prefill_backlog_s=0.1, step_budget_used=0.5, preemptions=6, steps=9,
-    prompt_tokens=7, generation_tokens=8, last_activity=5.5,
+    prompt_tokens=7, generation_tokens=8, prefix_cache_queries=90, prefix_cache_hits=60,
+    last_activity=5.5,
 )  # fmt: skip
 READY = Ready(512, 100, 16, 64, 4, "cpu", "float32", 1024)
 
@@ -61,6 +62,8 @@ def test_the_names_of_vllm(full: Samples) -> None:
     assert value(full, "vllm:num_requests_waiting") == 2
     assert value(full, "vllm:kv_cache_usage_perc") == 0.25
     assert value(full, "vllm:num_preemptions_total") == 6
+    assert value(full, "vllm:prefix_cache_queries_total") == 90
+    assert value(full, "vllm:prefix_cache_hits_total") == 60
     assert value(full, "vllm:prompt_tokens_total") == 7
     assert value(full, "vllm:generation_tokens_total") == 2
     assert value(full, "vllm:request_success_total", finished_reason="length") == 1

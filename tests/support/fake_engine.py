@@ -154,6 +154,8 @@ class FakeEngine:
                 steps=self.steps,
                 prompt_tokens=self.prompted,
                 generation_tokens=self.generated,
+                prefix_cache_queries=0,
+                prefix_cache_hits=0,
                 last_activity=time.time(),
             )
         )

@@ -1,12 +1,16 @@
-"""The KV blocks: who holds how many references to which, and which are free."""
+"""The KV blocks: who holds how many references to which, which are free, and what is in them."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NULL_BLOCK = 0
+
+# What a full block holds: what comes before it (the scope, or the link of the block before), and
+# its own token ids, packed. Equal keys are equal contents, from the first token on.
+BlockKey = tuple[str | int, bytes]
 
 
 class OutOfBlocksError(RuntimeError):
@@ -32,9 +36,10 @@ class BlockPool:
     """Blocks 1..num_blocks, each with a reference count; all operations are O(1) a block.
 
     Block 0 is the null block: it exists on the device beside the `num_blocks` usable ones, is never
-    handed out, and is where padding may point. A state is not stored but follows from the reference
-    count: free at 0, active from 1, shared from 2. (Cached, a free block whose contents may still
-    be found, comes with the prefix cache.)
+    handed out, and is where padding may point. A state is not stored but follows: active from one
+    reference, shared from two; without references cached if its contents were published and can
+    still be found, else free. Both of these can be allocated, free blocks first; then cached ones
+    that nobody ever found, then the others, longest unused first.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -46,22 +51,29 @@ class BlockPool:
         self._shared = 0
         # A stack, lowest id on top: what was used last is used next, while it is in the caches.
         self._free = list(range(num_blocks, NULL_BLOCK, -1))
+        self._found = [False] * (num_blocks + 1)
+        self._never_found: OrderedDict[int, None] = OrderedDict()
+        self._found_before: OrderedDict[int, None] = OrderedDict()
+        self._by_key: dict[BlockKey, int] = {}
+        self._key_of: dict[int, BlockKey] = {}
+        self._link_of: dict[int, int] = {}
+        self._next_link = 0
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be allocated now."""
-        return len(self._free)
+        """Blocks that can be allocated now, the cached ones among them."""
+        return len(self._free) + len(self._never_found) + len(self._found_before)
 
     @property
     def counts(self) -> BlockCounts:
         """Blocks by state."""
-        free = len(self._free)
+        available = self.num_free
         return BlockCounts(
             total=self.num_blocks,
-            active=self.num_blocks - free,
+            active=self.num_blocks - available,
             shared=self._shared,
-            cached=0,
-            free=free,
+            cached=available - len(self._free),
+            free=len(self._free),
         )
 
     def references(self, block: int) -> int:
@@ -69,10 +81,10 @@ class BlockPool:
         return self._references[block]
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free blocks, each with one reference."""
-        if count > len(self._free):
-            raise OutOfBlocksError(f"{count} blocks asked for, {len(self._free)} free")
-        blocks = [self._free.pop() for _ in range(count)]
+        """Take `count` blocks without references, each with one reference then."""
+        if count > self.num_free:
+            raise OutOfBlocksError(f"{count} blocks asked for, {self.num_free} free")
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
         self.allocations += count
@@ -98,11 +110,80 @@ class BlockPool:
             if self._references[block] == 1:
                 self._shared -= 1
             elif self._references[block] == 0:
+                if block in self._key_of:
+                    self._queue_of(block)[block] = None
+                else:
+                    self._free.append(block)
+
+    # Contents.
+
+    def publish(self, block: int, key: BlockKey) -> int:
+        """Say what an active block holds, so that it can be found; return the content's link.
+
+        The link stands for this block and all before it in the keys of those that follow. Where
+        another block holds the same already, that one stays the one to be found.
+        """
+        self._require_active(block)
+        known = self._by_key.get(key)
+        if known is None:
+            if block in self._key_of:
+                raise IntegrityError(f"block {block} was published before, with other contents")
+            known = block
+            self._by_key[key] = block
+            self._key_of[block] = key
+            self._link_of[block] = self._next_link
+            self._next_link += 1
+        return self._link_of[known]
+
+    def find(self, key: BlockKey) -> int | None:
+        """The block that holds this, active or cached; `take` it before anything is allocated."""
+        return self._by_key.get(key)
+
+    def link(self, block: int) -> int:
+        """The link of a published block."""
+        return self._link_of[block]
+
+    def take(self, blocks: Iterable[int]) -> None:
+        """Add one reference to each of the blocks found, which may be cached."""
+        for block in blocks:
+            if block not in self._key_of:
+                raise IntegrityError(f"block {block} is not published")
+            if self._references[block] == 0:
+                del self._queue_of(block)[block]
+                self._references[block] = 1
+            else:
+                self.share((block,))
+            self._found[block] = True
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Let these blocks not be found any more, where they were published."""
+        for block in blocks:
+            if block not in self._key_of:
+                continue
+            if self._references[block] == 0:
+                del self._queue_of(block)[block]
                 self._free.append(block)
+            self._unpublish(block)
+
+    def _evict(self) -> int:
+        queue = self._never_found or self._found_before
+        block, _ = queue.popitem(last=False)
+        self._unpublish(block)
+        return block
+
+    def _unpublish(self, block: int) -> None:
+        del self._by_key[self._key_of.pop(block)]
+        del self._link_of[block]
+        self._found[block] = False
+
+    def _queue_of(self, block: int) -> OrderedDict[int, None]:
+        return self._found_before if self._found[block] else self._never_found
 
     def _require_active(self, block: int) -> None:
         if not NULL_BLOCK < block <= self.num_blocks or self._references[block] < 1:
             raise IntegrityError(f"block {block} is not active")
+
+    # Books.
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise `IntegrityError` unless the counts equal what `tables`, all tables there are, hold.
@@ -117,8 +198,25 @@ class BlockPool:
                     f"and is in {held[block]} tables"
                 )
         unused = {block for block in range(1, self.num_blocks + 1) if not held[block]}
-        if len(self._free) != len(unused) or set(self._free) != unused:
-            raise IntegrityError(f"{len(self._free)} free blocks listed, {len(unused)} unused")
+        listed = [*self._free, *self._never_found, *self._found_before]
+        if len(listed) != len(unused) or set(listed) != unused:
+            raise IntegrityError(f"{len(listed)} free blocks listed, {len(unused)} unused")
         shared = sum(1 for references in held.values() if references > 1)
         if shared != self._shared:
             raise IntegrityError(f"{self._shared} blocks counted as shared, {shared} are")
+        self._check_contents()
+
+    def _check_contents(self) -> None:
+        if {block: key for key, block in self._by_key.items()} != self._key_of:
+            raise IntegrityError("blocks by content and contents by block differ")
+        if self._link_of.keys() != self._key_of.keys():
+            raise IntegrityError("a published block has no link, or a link has no block")
+        if len(set(self._link_of.values())) != len(self._link_of):
+            raise IntegrityError("two blocks have one link")
+        for block in self._free:
+            if block in self._key_of or self._found[block]:
+                raise IntegrityError(f"block {block} is listed as free and can be found")
+        for queue, found in ((self._never_found, False), (self._found_before, True)):
+            for block in queue:
+                if block not in self._key_of or self._found[block] is not found:
+                    raise IntegrityError(f"block {block} is cached in the wrong queue")

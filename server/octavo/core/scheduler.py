@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from octavo.core.block_pool import BlockPool
 from octavo.core.forecast import OutputLengths, expected_growth
 from octavo.core.policy import SchedulingPolicy
+from octavo.core.prefix_cache import PrefixCache
 from octavo.core.sequence import Sequence, blocks_for
 from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED, ScheduledSequence, StepPlan
 from octavo.core.waiting import WaitingQueue, WaitingTotals
@@ -47,6 +48,7 @@ class Limits:
     max_num_batched_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    enable_prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class SequenceUpdate:
     stop_token_id: int | None = None
     error: str | None = None
     seq_id: int = field(default=-1, compare=False)
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -83,6 +86,9 @@ class Scheduler:
         self.pool = pool
         self.counters = Counters()
         self.output_lengths = OutputLengths()
+        self.prefix_cache = PrefixCache(
+            pool, limits.block_size, enabled=limits.enable_prefix_caching
+        )
         self._waiting = WaitingQueue(policy, limits.block_size)
         self._running: dict[int, Sequence] = {}
         self._by_request: dict[str, Sequence] = {}
@@ -97,9 +103,13 @@ class Scheduler:
         params: SamplingParams,
         *,
         priority: int = 0,
+        scope: str = "",
         now: float = 0.0,
     ) -> None:
-        """Queue a request; raise `RequestError` or `ParameterError` when it cannot be served."""
+        """Queue a request; raise `RequestError` or `ParameterError` when it cannot be served.
+
+        Requests of one `scope` share the cached blocks of equal prompts, and of no other.
+        """
         if request_id in self._by_request:
             raise RequestError(f"a request with id {request_id!r} is already here")
         params.validate(self.limits.vocab_size)
@@ -116,6 +126,7 @@ class Scheduler:
             arrival=self._next_id,
             arrival_time=now,
             priority=priority,
+            scope=scope,
             stop_ids=eos.union(params.stop_token_ids),
         )
         self._next_id += 1
@@ -168,24 +179,28 @@ class Scheduler:
     def _admit(self, budget: int, scheduled: list[ScheduledSequence]) -> None:
         while budget > 0 and self._waiting and len(self._running) < self.limits.max_num_seqs:
             sequence = self._waiting.peek()
-            if self._admission_blocks(sequence) > self.pool.num_free:
+            found = self.prefix_cache.find(sequence)
+            if self._admission_blocks(sequence, found) > self.pool.num_free:
                 return  # those behind it wait too: the order is the policy's, not the size's
             self._waiting.pop()
             self._running[sequence.seq_id] = sequence
-            count = min(len(sequence.tokens), budget)
+            self.prefix_cache.attach(sequence, found)
+            count = min(sequence.pending, budget)
             self._extend(sequence, count)
             scheduled.append(self._schedule(sequence, count))
             budget -= count
 
-    def _admission_blocks(self, sequence: Sequence) -> int:
-        """Blocks for its known tokens and for the output it is expected to grow by.
+    def _admission_blocks(self, sequence: Sequence, found: list[int]) -> int:
+        """Blocks to be taken for its known tokens and the output it is expected to grow by.
 
         By expectation, not by `max_tokens`: reserving the worst case leaves most of the cache
         empty. Where the expectation is wrong, preemption corrects it. Never more than the pool, as
         growth ends at `max_new_tokens`; so with nothing running the next is always admitted.
+        Blocks found in the cache are to be taken too, unless somebody holds them already.
         """
         growth = expected_growth(sequence, self.output_lengths.mean)
-        return blocks_for(len(sequence.tokens) + growth, self.limits.block_size)
+        active = sum(1 for block in found if self.pool.references(block))
+        return blocks_for(len(sequence.tokens) + growth, self.limits.block_size) - active
 
     def _grow(self, sequence: Sequence, count: int, preempted: list[int]) -> bool:
         """Give a running sequence blocks for `count` more tokens, preempting later ones if need be.
@@ -207,7 +222,8 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, count: int) -> None:
         """Blocks for the first chunk of a sequence just admitted; admission saw that they fit."""
-        sequence.block_table = self.pool.allocate(blocks_for(count, self.limits.block_size))
+        need = blocks_for(sequence.computed + count, self.limits.block_size)
+        sequence.block_table += self.pool.allocate(need - len(sequence.block_table))
 
     def _schedule(self, sequence: Sequence, count: int) -> ScheduledSequence:
         start = sequence.computed
@@ -221,6 +237,7 @@ class Scheduler:
             num_generated=sequence.num_generated,
             tokens=sequence.tokens,
             num_prompt_tokens=sequence.num_prompt_tokens,
+            writes=start >= sequence.chained * self.limits.block_size,
         )
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -247,6 +264,8 @@ class Scheduler:
             if sequence is None:
                 continue
             sequence.computed = share.start + len(share.token_ids)
+            if token != NO_TOKEN:
+                self.prefix_cache.publish(sequence)
             if token is not None:
                 updates.append(self._draw(sequence, token))
         return updates
@@ -254,23 +273,37 @@ class Scheduler:
     def _draw(self, sequence: Sequence, token: int) -> SequenceUpdate:
         """Take in a drawn token: record it, and end the sequence if it is the last."""
         generated = sequence.num_generated
+        token_ids: list[int] = []
+        reason = stop_token_id = error = None
         if token in _NO_TOKEN_TEXTS:
-            self._drop(sequence)
+            reason = "error"
             error = f"{_NO_TOKEN_TEXTS[token]} after {len(sequence.tokens)} tokens"
-            return SequenceUpdate(
-                sequence.request_id, [], "error", error=error, seq_id=sequence.seq_id
-            )
-        self.counters.generation_tokens += 1
-        if generated == 0:
-            self.counters.prompt_tokens += sequence.num_prompt_tokens
-        if token in sequence.stop_ids and generated >= sequence.params.min_tokens:
-            self._finish(sequence)
-            return SequenceUpdate(sequence.request_id, [], "stop", token, seq_id=sequence.seq_id)
-        sequence.tokens.append(token)
-        if generated + 1 >= sequence.max_new_tokens:
-            self._finish(sequence)
-            return SequenceUpdate(sequence.request_id, [token], "length", seq_id=sequence.seq_id)
-        return SequenceUpdate(sequence.request_id, [token], seq_id=sequence.seq_id)
+            if token == NO_TOKEN:
+                # NaN may stand in any of its blocks: nobody else may find them.
+                self.pool.forget(sequence.block_table)
+            self._drop(sequence)
+        else:
+            self.counters.generation_tokens += 1
+            if generated == 0:
+                self.counters.prompt_tokens += sequence.num_prompt_tokens
+            if token in sequence.stop_ids and generated >= sequence.params.min_tokens:
+                reason, stop_token_id = "stop", token
+            else:
+                token_ids.append(token)
+                sequence.tokens.append(token)
+                if generated + 1 >= sequence.max_new_tokens:
+                    reason = "length"
+            if reason is not None:
+                self._finish(sequence)
+        return SequenceUpdate(
+            request_id=sequence.request_id,
+            token_ids=token_ids,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            error=error,
+            seq_id=sequence.seq_id,
+            cached_tokens=sequence.cached_tokens,
+        )
 
     def _finish(self, sequence: Sequence) -> None:
         self.output_lengths.observe(sequence.num_generated)
@@ -286,7 +319,7 @@ class Scheduler:
         self.pool.release(sequence.block_table)
         # A new list: a plan may still hold the old one.
         sequence.block_table = []
-        sequence.computed = 0
+        sequence.computed = sequence.chained = 0
 
     # What others may look at.
 

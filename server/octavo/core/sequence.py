@@ -16,6 +16,10 @@ class Sequence:
     tokens whose keys and values are in `block_table`; it returns to 0 when the blocks are taken.
     `arrival` is the order of adding; it survives preemption. `max_new_tokens` is resolved: the
     request's `max_tokens`, bounded by the context.
+
+    For the prefix cache: only sequences of one `scope` find each other's blocks. The first
+    `chained` blocks are full and published, and `link` stands for the last of them.
+    `cached_tokens` were found when the sequence first ran.
     """
 
     seq_id: int
@@ -31,6 +35,10 @@ class Sequence:
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
     preemptions: int = 0
+    scope: str = ""
+    chained: int = 0
+    link: int = -1
+    cached_tokens: int = 0
 
     @property
     def num_generated(self) -> int:

@@ -24,6 +24,8 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         tables[row, : len(sequence.block_table)] = sequence.block_table
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size
     slots += positions % block_size
+    # Slot -1 writes nothing: what these tokens would write is there.
+    slots[~np.array([s.writes for s in sequences], dtype=bool)[owner]] = -1
     samples = np.array([s.samples for s in sequences], dtype=bool)
 
     def tensor(array: np.ndarray) -> torch.Tensor:

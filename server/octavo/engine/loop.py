@@ -68,6 +68,7 @@ class EngineLoop:
                 request.prompt_token_ids,
                 request.params,
                 priority=request.priority,
+                scope=request.cache_salt,
                 now=self._clock.monotonic(),
             )
         except (RequestError, ParameterError) as error:
@@ -154,6 +155,8 @@ class EngineLoop:
             steps=counters.steps,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
+            prefix_cache_queries=scheduler.prefix_cache.counters.queries,
+            prefix_cache_hits=scheduler.prefix_cache.counters.hits,
             last_activity=self._last_activity,
         )
 
@@ -168,6 +171,7 @@ def _output(
         token_ids=update.token_ids,
         finish_reason=update.finish_reason,
         stop_token_id=update.stop_token_id,
+        num_cached_tokens=update.cached_tokens,
         error=update.error,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -148,7 +148,8 @@ def size_pool(config: EngineConfig, runner: ModelRunner) -> int:
             f"--max-model-len to at most {max(0, fit) * config.block_size}, or give more memory "
             "(--gpu-memory-utilization, the pod's memory limit)"
         )
-    return min(fit, each * config.max_num_seqs)
+    # Without a prefix cache, blocks beyond the largest batch would never be used.
+    return fit if config.enable_prefix_caching else min(fit, each * config.max_num_seqs)
 
 
 def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
@@ -160,6 +161,7 @@ def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
         max_num_batched_tokens=config.max_num_batched_tokens or default,
         vocab_size=runner.vocab_size,
         eos_token_ids=frozenset(runner.eos_token_ids),
+        enable_prefix_caching=config.enable_prefix_caching,
     )
 
 
