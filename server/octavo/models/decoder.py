@@ -49,8 +49,17 @@ class Decoder:
         self._rope_table = rope_table(spec.rope, spec.head_dim, max_positions).to(device)
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Logits (float32) of `batch.logit_rows`. Keys and values of the batch go to `kv_cache`,
-        which is [layers, 2, blocks, block_size, kv_heads, head_dim].
+        """Logits (float32) of `batch.logit_rows`, all at once; see `hidden`."""
+        return self.logits(self.hidden(batch, kv_cache))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (float32) of some rows of `hidden`'s result."""
+        head = "embedding" if self.spec.tied_embeddings else "lm_head"
+        return linear(hidden, self.parameters[head]).float()
+
+    def hidden(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The last layer's normed output of `batch.logit_rows`. Keys and values of the batch go to
+        `kv_cache`, which is [layers, 2, blocks, block_size, kv_heads, head_dim].
         """
         spec, p = self.spec, self.parameters
         residual = embedding(batch.token_ids, p["embedding"])
@@ -65,8 +74,7 @@ class Decoder:
                 norm = p[f"layers.{layer + 1}.input_norm"]
                 x = ops.rms_norm(x, norm, spec.norm_eps, residual)
         last, carried = x[batch.logit_rows], residual[batch.logit_rows]
-        x = ops.rms_norm(last, p["norm"], spec.norm_eps, carried)
-        return linear(x, p["embedding" if spec.tied_embeddings else "lm_head"]).float()
+        return ops.rms_norm(last, p["norm"], spec.norm_eps, carried)
 
     def _attention(
         self, at: str, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
