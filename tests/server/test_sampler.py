@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from octavo.engine.sampler import NO_TOKEN, Draw, draw_key, sample
+from octavo.core.step import NO_TOKEN
+from octavo.engine.logits import Draw
+from octavo.engine.sampler import draw_key, sample
 from octavo.params import SamplingParams
 
 

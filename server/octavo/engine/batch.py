@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from octavo.core.step import StepPlan
+from octavo.core.step import ScheduledSequence, StepPlan
 from octavo.models.decoder import Batch
 
 
@@ -40,5 +42,16 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         query_start=tensor(np.concatenate(([0], ends)).astype(np.int32)),
         seq_lens=tensor((starts + counts).astype(np.int32)),
         block_tables=tensor(tables),
-        logit_rows=tensor(ends[samples] - 1),
+        logit_rows=tensor(
+            np.concatenate((ends[samples] - 1, *_prompt_rows(sequences, ends - counts)))
+        ),
     )
+
+
+def _prompt_rows(sequences: Sequence[ScheduledSequence], begins: np.ndarray) -> list[np.ndarray]:
+    """Those that are wanted for log-probabilities of prompts; they follow those that sample."""
+    return [
+        begin + np.array(rows, dtype=np.int64)
+        for sequence, begin in zip(sequences, begins, strict=True)
+        if (rows := sequence.prompt_logprob_rows)
+    ]

@@ -116,7 +116,7 @@ class EngineLoop:
                 self._prompt_logprobs.setdefault(share.seq_id, [])[share.start :] = found
 
     def _with_logprobs(self, update: SequenceUpdate, result: StepResult) -> wire.TokenOutput:
-        of_token = result.logprobs.get(update.seq_id) if update.token_ids else None
+        of_token = result.logprobs.get(update.seq_id)
         of_prompt = self._prompt_logprobs.pop(update.seq_id, None)
         return _output(update, None if of_token is None else [of_token], of_prompt)
 

@@ -13,8 +13,10 @@ from octavo.checkpoint import read_checkpoint
 from octavo.core.step import ScheduledSequence, StepPlan, StepResult
 from octavo.engine import weights
 from octavo.engine.batch import build_batch
+from octavo.engine.logits import Draw
+from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
 from octavo.engine.memory import available_host_bytes
-from octavo.engine.sampler import Draw, draw_key, sample
+from octavo.engine.sampler import draw_key, sample
 from octavo.errors import ConfigError, DoesNotFitError
 from octavo.models.decoder import Decoder, empty_parameters, parameter_shapes
 from octavo.models.hf_config import read_config, read_eos_token_ids
@@ -144,13 +146,21 @@ class Runner:
         if not plan.sequences:
             return StepResult([])
         batch = build_batch(plan, self.block_size, self.device)
-        logits = self._decoder.forward(batch, self._kv_cache)
-        draws = [self._draw(s) for s in plan.sequences if s.samples]
-        return StepResult(sample(logits, draws, self.eos_token_ids) if draws else [])
+        hidden = self._decoder.hidden(batch, self._kv_cache)
+        sampling = [s for s in plan.sequences if s.samples]
+        draws = [self._draw(s) for s in sampling]
+        of_prompts = prompt_logprobs(plan.sequences, hidden[len(draws) :], self._decoder.logits)
+        if not draws:
+            return StepResult([], prompt_logprobs=of_prompts)
+        logits = self._decoder.logits(hidden[: len(draws)])
+        tokens = sample(logits, draws, self.eos_token_ids)
+        of_tokens = drawn_logprobs(logits, tokens, draws, (s.seq_id for s in sampling))
+        return StepResult(tokens, of_tokens, of_prompts)
 
     def _draw(self, sequence: ScheduledSequence) -> Draw:
         params, count = sequence.params, sequence.num_generated
-        return Draw(params, draw_key(params, self._seed, sequence.seq_id, count), count)
+        key = draw_key(params, self._seed, sequence.seq_id, count, sequence.branch)
+        return Draw(params, key, count, sequence.tokens, sequence.num_prompt_tokens)
 
     def _require_memory_for_weights(self) -> None:
         needed = _parameter_bytes(self.spec, self.dtype_name)

@@ -1,80 +1,69 @@
-"""Logits → tokens. A draw is a function of its row of logits and its key, and of nothing else.
+"""Logits → tokens. A draw is a function of its row of logits, its parameters, its history and key.
 
 Randomness is counter-based: the noise of token id v in a draw is a hash of (key, v), so neither
 batch mates nor the order of steps nor a preemption changes what a request gets. Sampling is by
 the Gumbel-max rule: the largest of log-probability + Gumbel noise is a sample.
+
+What is done to all rows at once is exact whatever their number (a maximum). Sums, exponentials and
+logarithms are taken row by row, because their last bits may depend on the shape of the whole.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
+from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED
+from octavo.engine.logits import Draw, adjust, candidates, changes
 from octavo.params import SamplingParams
-
-NO_TOKEN = -1  # the row's logits held NaN; the caller ends the request with an error
 
 _MASK64 = (1 << 64) - 1
 # Below this temperature the division would only amplify rounding; the draw is the maximum.
 _GREEDY_BELOW = 1e-5
 
 
-@dataclass(slots=True, frozen=True)
-class Draw:
-    """One row's sampling: its parameters, its key, and how many tokens came before it."""
+def draw_key(
+    params: SamplingParams, engine_seed: int, seq_id: int, num_generated: int, branch: int = 0
+) -> int:
+    """64 bits that name a draw. A request's own seed makes it repeatable wherever it runs.
 
-    params: SamplingParams
-    key: int
-    num_generated: int
-
-
-def draw_key(params: SamplingParams, engine_seed: int, seq_id: int, num_generated: int) -> int:
-    """64 bits that name a draw. A request's own seed makes it repeatable wherever it runs."""
+    `branch` tells the samples of one request apart, which share its seed.
+    """
     if params.seed is not None:
         stream = _mix(params.seed & _MASK64)
+        if branch:
+            stream = _mix(stream ^ _mix(branch))
     else:
         stream = _mix(_mix(engine_seed & _MASK64) ^ (seq_id + 1))
     return _mix(stream ^ (num_generated + 1))
 
 
-def sample(logits: torch.Tensor, draws: list[Draw], eos_token_ids: tuple[int, ...]) -> list[int]:
-    """One token id for each row of float32 `logits` [rows, vocab], which is overwritten."""
-    _suppress_stops(logits, draws, eos_token_ids)
-    tokens = torch.argmax(logits, dim=-1)
-    random = [i for i, draw in enumerate(draws) if draw.params.temperature >= _GREEDY_BELOW]
-    for i in random:
-        tokens[i] = _draw(logits[i], draws[i])
-    tokens[torch.isnan(logits).any(dim=-1)] = NO_TOKEN
-    result: list[int] = tokens.tolist()
-    return result
+def sample(logits: torch.Tensor, draws: Sequence[Draw], eos_token_ids: Sequence[int]) -> list[int]:
+    """One token id for each row of float32 `logits` [rows, vocab], which stay as they are.
+
+    NO_TOKEN where the logits are not numbers, NOTHING_ALLOWED where the parameters forbid all.
+    """
+    best = torch.argmax(logits, dim=-1)  # NaN counts as the largest
+    usable = torch.isfinite(logits.gather(1, best[:, None])[:, 0]).tolist()
+    tokens: list[int] = best.tolist()
+    for i, draw in enumerate(draws):
+        if not usable[i]:
+            tokens[i] = NO_TOKEN
+        elif changes(draw) or draw.params.temperature >= _GREEDY_BELOW:
+            tokens[i] = _draw(logits[i], draw, eos_token_ids)
+    return tokens
 
 
-def _draw(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """One random draw from one row: temperature, then top-k, then top-p, then Gumbel-max."""
-    params = draw.params
-    scaled = (logits.double() - logits.max().double()) / params.temperature
-    ids = torch.arange(scaled.shape[0], device=scaled.device)
-    if 0 < params.top_k < scaled.shape[0] or params.top_p < 1.0:
-        scaled, ids = torch.sort(scaled, descending=True, stable=True)
-    if 0 < params.top_k < scaled.shape[0]:
-        scaled, ids = scaled[: params.top_k], ids[: params.top_k]
-    if params.top_p < 1.0:
-        probability = torch.softmax(scaled, dim=-1)
-        # A token stays when those before it do not reach top_p; so the first always stays.
-        kept = int((probability.cumsum(-1) - probability < params.top_p).sum())
-        scaled, ids = scaled[: max(1, kept)], ids[: max(1, kept)]
-    return ids[torch.argmax(scaled + _gumbel(draw.key, ids))]
-
-
-def _suppress_stops(
-    logits: torch.Tensor, draws: list[Draw], eos_token_ids: tuple[int, ...]
-) -> None:
-    """Below min_tokens no token may end the sequence."""
-    for row, draw in enumerate(draws):
-        if draw.num_generated < draw.params.min_tokens:
-            stops = list({*eos_token_ids, *draw.params.stop_token_ids})
-            logits[row, stops] = float("-inf")
+def _draw(row: torch.Tensor, draw: Draw, eos_token_ids: Sequence[int]) -> int:
+    if changes(draw):
+        row = adjust(row, draw, eos_token_ids)
+        if float(row.max()) == float("-inf"):
+            return NOTHING_ALLOWED
+    if draw.params.temperature < _GREEDY_BELOW:
+        return int(torch.argmax(row))
+    scaled, ids = candidates(row, draw.params)
+    return int(ids[torch.argmax(scaled + _gumbel(draw.key, ids))])
 
 
 def _gumbel(key: int, ids: torch.Tensor) -> torch.Tensor:
