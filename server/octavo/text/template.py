@@ -18,6 +18,9 @@ from octavo.errors import ModelError
 
 Message = dict[str, str]
 
+# What templates expect to be there.
+DEFAULTS = {"tools": None, "documents": None, "add_generation_prompt": True}
+
 
 class TemplateRefusedError(ValueError):
     """The template does not accept these messages; the text is its own explanation."""
@@ -61,9 +64,8 @@ class ChatTemplate:
         values = {k: marks.quote(v) if isinstance(v, str) else v for k, v in extra.items()}
         try:
             text = self._template.render(
-                **{"tools": None, "documents": None, **values, **self._special_tokens},
+                **{**DEFAULTS, **values, **self._special_tokens},
                 messages=quoted,
-                add_generation_prompt=True,
             )
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
             raise TemplateRefusedError(str(error)) from error
