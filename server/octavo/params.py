@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
@@ -29,6 +30,7 @@ class ParameterError(ValueError):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one request is sampled and where it ends.
 
+    `n` samples of the same prompt are asked for; of `best_of` that are drawn, the most probable.
     `temperature` 0 means greedy. `top_k` -1 means the whole vocabulary, as do `top_p` 1, `min_p` 0
     and `typical_p` 1. `max_tokens` None means up to the model's context. `presence_penalty` and
     `frequency_penalty` look at the output, `repetition_penalty` at prompt and output. `logprobs`
@@ -37,6 +39,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop strings are matched there, and `bad_words_ids` is what it makes of the bad words.
     """
 
+    n: int = 1
+    best_of: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float = 1.0
@@ -76,6 +80,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for check in _CHECKS:
             check(self)
         _check_ids(self, vocab_size)
+
+    @property
+    def branches(self) -> int:
+        """Samples that are drawn."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def needs_history(self) -> bool:
@@ -123,6 +132,12 @@ def _check_numbers(p: SamplingParams) -> None:
     _number("presence_penalty", p.presence_penalty, -2, 2)
     _number("frequency_penalty", p.frequency_penalty, -2, 2)
     _number("repetition_penalty", p.repetition_penalty, 0, 2, open_low=True)
+
+
+def _check_branches(p: SamplingParams) -> None:
+    _whole("n", p.n, 1, MAX_N)
+    if p.best_of is not None:
+        _whole("best_of", p.best_of, p.n, MAX_N)
 
 
 def _check_top_k(p: SamplingParams) -> None:
@@ -203,6 +218,7 @@ def _in_vocabulary(name: str, ids: Iterable[int], vocab_size: int) -> None:
 
 _CHECKS = (
     _check_numbers,
+    _check_branches,
     _check_top_k,
     _check_lengths,
     _check_logprobs,

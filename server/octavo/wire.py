@@ -26,9 +26,13 @@ class AddRequest(msgspec.Struct, tag="add", frozen=True):
 
 
 class AbortRequest(msgspec.Struct, tag="abort", frozen=True):
-    """API → engine: stop a request and free its blocks; unknown ids are ignored."""
+    """API → engine: stop a request, or one sample of it, and free its blocks.
+
+    What is unknown is ignored.
+    """
 
     request_id: str
+    index: int | None = None
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):
@@ -36,8 +40,9 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one request. `finish_reason` (stop | length | abort | error) comes once, last.
+    """New tokens of one sample of a request: of the one numbered `index`, from 0.
 
+    `finish_reason` (stop | length | abort | error) comes once for each sample, last.
     `stop_token_id` is the id that ended it when that was an EOS or a stop token id (it is not part
     of `token_ids`). `error` is set when `finish_reason` is error. `logprobs` is parallel to
     `token_ids`, and None unless asked for; `prompt_logprobs` comes once, with the first token, and
@@ -52,6 +57,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    index: int = 0
 
 
 class Outputs(msgspec.Struct, tag="out", frozen=True):

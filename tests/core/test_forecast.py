@@ -27,9 +27,14 @@ def sequence(prompt=16, generated=0, max_new=100, computed=None):
     )
 
 
-def demand(running=(), waiting=EMPTY, *, mean=50.0, pace=1.0):
+def demand(running=(), waiting=EMPTY, *, mean=50.0, pace=1.0, active=0):
     return forecast.demand_blocks(
-        list(running), waiting, block_size=16, mean_output=mean, tokens_per_s=pace
+        list(running),
+        waiting,
+        active_blocks=active,
+        block_size=16,
+        mean_output=mean,
+        tokens_per_s=pace,
     )
 
 
@@ -66,6 +71,16 @@ def test_demand_grows_at_the_measured_pace_up_to_the_expected_output():
 def test_waiting_work_is_part_of_demand():
     waiting = WaitingTotals(count=2, tokens=40, blocks=4, growth=24)
     assert demand([sequence()], waiting) == {"now": 5, "10s": 8, "30s": 9, "60s": 11}
+
+
+def test_what_sequences_share_is_counted_once():
+    first, second = sequence(prompt=32), sequence(prompt=32)
+    first.block_table, second.block_table = [1, 2], [1, 2]
+    assert demand([first, second], pace=0, active=2)["now"] == 2
+    assert demand([first, second], active=2)["60s"] == 2 + 2 * (6 - 2)
+    joins_later = sequence(prompt=32)
+    joins_later.branch = 1
+    assert demand([first, joins_later], pace=0, active=2)["now"] == 2
 
 
 def test_exhaustion_is_read_off_the_straight_line_between_horizons():

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from octavo.core.group import Group
 from octavo.core.policy import FcfsPolicy, PolicyFactory, PriorityPolicy, UnknownPolicyError
 from octavo.core.sequence import Sequence, blocks_for
 from octavo.core.waiting import WaitingQueue
@@ -24,13 +25,13 @@ def sequence(arrival, priority=0, length=5, max_new=10):
 
 
 def drain(queue):
-    return [queue.pop().seq_id for _ in range(len(queue))]
+    return [queue.pop().arrival for _ in range(len(queue))]
 
 
 def filled(policy, sequences):
     queue = WaitingQueue(policy, block_size=4)
     for item in random.Random(3).sample(sequences, len(sequences)):
-        queue.push(item)
+        queue.push(Group(item.arrival, [item]))
     return queue
 
 
@@ -48,9 +49,10 @@ def test_priority_is_lowest_value_first_then_order_of_arrival():
 def test_removal_anywhere_keeps_order_and_sums():
     sequences = [sequence(i, length=1 + i % 7, max_new=i + 1) for i in range(300)]
     queue = filled(FcfsPolicy(), sequences)
+    groups = {group.arrival: group for group in queue}
     gone = set(random.Random(5).sample(range(300), 290))
     for i in gone:
-        queue.remove(sequences[i])
+        queue.remove(groups[i])
     left = [s for s in sequences if s.seq_id not in gone]
     totals = queue.totals
     assert totals.count == len(queue) == 10

@@ -5,7 +5,8 @@ from fake_runner import FakeRunner, next_token
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
-from octavo.core.scheduler import Limits, Scheduler
+from octavo.core.request import Limits
+from octavo.core.scheduler import Scheduler
 from octavo.core.step import NO_TOKEN
 from octavo.params import SamplingParams
 

@@ -7,7 +7,8 @@ from fake_runner import FakeRunner, next_token
 
 from octavo.core.block_pool import BlockPool, IntegrityError
 from octavo.core.policy import PolicyFactory
-from octavo.core.scheduler import Limits, RequestError, Scheduler
+from octavo.core.request import Limits, RequestError
+from octavo.core.scheduler import Scheduler
 from octavo.core.step import NO_TOKEN
 from octavo.params import ParameterError, SamplingParams
 
@@ -224,8 +225,8 @@ def test_abort_frees_everything_at_any_time(steps):
     engine.add("a", [5] * 20, params(9))
     for _ in range(steps):
         step(engine)
-    assert engine.abort("a").finish_reason == "abort"
-    assert engine.abort("a") is None
+    assert [update.finish_reason for update in engine.abort("a")] == ["abort"]
+    assert engine.abort("a") == []
     assert not engine.has_work
     assert engine.pool.num_free == engine.pool.num_blocks
 

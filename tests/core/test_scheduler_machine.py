@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
-from octavo.core.scheduler import Limits, RequestError, Scheduler
+from octavo.core.request import Limits, RequestError
+from octavo.core.scheduler import Scheduler
 from octavo.core.sequence import blocks_for
 from octavo.params import SamplingParams
 
@@ -23,13 +24,13 @@ EOS = 3
 CONTEXT = 40
 
 
-def alone(prompt, params, room):
-    """The whole output of one request, by the definition of each parameter."""
+def alone(prompt, params, room, branch=0):
+    """The whole output of one sample of a request, by the definition of each parameter."""
     stops = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS})
     limit = min(room, params.max_tokens or room)
     output = []
     while True:
-        token = next_token([*prompt, *output], VOCAB)
+        token = next_token([*prompt, *output], VOCAB, branch)
         if token in stops and len(output) >= params.min_tokens:
             return output, "stop", token
         output.append(token)
@@ -38,12 +39,14 @@ def alone(prompt, params, room):
 
 
 PARAMS = st.builds(
-    lambda max_tokens, least, stops, ignore_eos: SamplingParams(
+    lambda branches, max_tokens, least, stops, ignore_eos: SamplingParams(
+        n=branches,
         max_tokens=max_tokens,
         min_tokens=min(least, max_tokens or CONTEXT),
         stop_token_ids=tuple(stops),
         ignore_eos=ignore_eos,
     ),
+    st.sampled_from([1, 1, 1, 2, 3, 4]),
     st.one_of(st.none(), st.integers(1, 30)),
     st.integers(0, 8),
     st.lists(st.integers(0, VOCAB - 1), max_size=1),
@@ -95,27 +98,37 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(prompt=PROMPTS, params=PARAMS, priority=st.integers(-1, 1), scope=SCOPES)
     def add(self, prompt, params, priority, scope):
-        name, room = f"r{self.added}", self.scheduler.max_len - len(prompt)
+        name, size = f"r{self.added}", self.limits.block_size
         self.added += 1
+        most = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+        shared = len(prompt) // size if params.n > 1 else 0
+        each = shared + (self.pool.num_blocks - shared) // params.n
+        room = min(CONTEXT, each * size) - len(prompt)
+        fits = room >= 1 and params.n <= most
+        if params.n > 1 and params.max_tokens is not None:
+            fits = fits and min(params.max_tokens, CONTEXT - len(prompt)) <= room
         try:
             self.scheduler.add(name, prompt, params, priority=priority, scope=scope)
         except RequestError:
-            assert room < 1, "refused although it would fit"
+            assert not fits, "refused although it would fit"
             return
-        assert room >= 1
-        self.expected[name] = alone(prompt, params, room)
-        self.got[name] = []
+        assert fits
+        for branch in range(params.n):
+            self.expected[name, branch] = alone(prompt, params, room, branch)
+            self.got[name, branch] = []
 
     @precondition(lambda self: self.expected)
-    @rule(data=st.data())
-    def abort(self, data):
-        name = data.draw(st.sampled_from(sorted(self.expected)))
-        update = self.scheduler.abort(name)
-        if name in self.ended:
-            assert update is None
-        else:
+    @rule(data=st.data(), whole=st.booleans())
+    def abort(self, data, whole):
+        name, index = data.draw(st.sampled_from(sorted(self.expected)))
+        live = [key for key in self.expected if key[0] == name and key not in self.ended]
+        if not whole:
+            live = [key for key in live if key[1] == index]
+        updates = self.scheduler.abort(name, None if whole else index)
+        assert sorted((u.request_id, u.index) for u in updates) == sorted(live)
+        for update in updates:
+            assert update.finish_reason == "abort"
             self.take(update)
-            assert self.ended[name] == "abort"
 
     @rule(times=st.integers(1, 8))
     def steps(self, times):
@@ -137,16 +150,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert set(planned) <= set(running)
         assert not set(plan.preempted) & set(planned)
         assert planned[:1] == list(running)[:1], "the first admitted did not move"
+        copied = [destination for _, destination in plan.copies]
+        assert len(set(copied)) == len(copied)
         for share in plan.sequences:
+            sequence, size = running[share.seq_id], self.limits.block_size
             end = share.start + len(share.token_ids)
             assert share.token_ids
-            assert share.block_table == running[share.seq_id].block_table
-            assert len(share.block_table) == blocks_for(end, self.limits.block_size)
-        chunked = [share.seq_id for share in plan.sequences if not share.samples]
-        assert chunked in ([], planned[-1:]), "only the last may be between chunks"
+            assert share.block_table == sequence.block_table
+            assert len(share.block_table) == blocks_for(end, size)
+            if share.writes:
+                written = share.block_table[share.start // size :]
+                assert all(
+                    self.pool.references(b) == 1 for b in written if b not in self.given(plan)
+                ), "a block that others hold is written"
+        chunked = [running[s.seq_id].request_id for s in plan.sequences if not s.samples]
+        last = [running[seq_id].request_id for seq_id in planned[-1:]]
+        assert set(chunked) <= set(last), "only the last may be between chunks"
+
+    def given(self, plan):
+        """Blocks that branches at the end of their prompt share while the first writes them."""
+        return {b for share in plan.sequences if not share.writes for b in share.block_table}
 
     def take(self, update):
-        name = update.request_id
+        name = update.request_id, update.index
         assert name not in self.ended, "an update after the last"
         self.got[name] += update.token_ids
         tokens, reason, stop = self.expected[name]
@@ -161,19 +187,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def books_balance(self):
         self.scheduler.check_integrity()
         live = set(self.expected) - set(self.ended)
-        assert set(self.scheduler.request_ids) == live
+        assert set(self.scheduler.request_ids) == {name for name, _ in live}
         assert self.scheduler.num_running <= min(
             self.limits.max_num_seqs, self.limits.max_num_batched_tokens
         )
         running = list(self.scheduler.running)
-        waiting = list(self.scheduler._waiting)
+        groups = list(self.scheduler._waiting)
+        waiting = [branch for group in groups for branch in group.branches]
         assert len(running) + len(waiting) == len(live)
         assert all(not s.block_table and not s.computed for s in waiting)
         totals = self.scheduler.waiting_totals
         assert totals.count == len(waiting)
-        assert totals.blocks == sum(
-            blocks_for(len(s.tokens), self.limits.block_size) for s in waiting
-        )
+        assert totals.growth == sum(s.remaining for s in waiting)
+        assert totals.blocks == sum(group.num_blocks(self.limits.block_size) for group in groups)
+        assert totals.tokens == sum(group.num_tokens for group in groups)
         if self.policy == "fcfs":
             order = [s.arrival for s in running]
             assert order == sorted(order)
@@ -196,6 +223,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=30, deadline=None
+    max_examples=200, stateful_step_count=30, deadline=None
 )
 TestScheduler = SchedulerMachine.TestCase

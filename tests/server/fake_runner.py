@@ -14,9 +14,9 @@ from octavo.core.step import StepResult
 EMPTY = -1
 
 
-def next_token(tokens, vocab_size):
-    """The token that follows `tokens`."""
-    digest = hashlib.blake2b(repr(list(tokens)).encode(), digest_size=4).digest()
+def next_token(tokens, vocab_size, branch=0):
+    """The token that follows `tokens` in one of several samples."""
+    digest = hashlib.blake2b(repr((branch, *tokens)).encode(), digest_size=4).digest()
     return int.from_bytes(digest) % vocab_size
 
 
@@ -45,15 +45,25 @@ class FakeRunner:
     def execute(self, plan):
         self.steps += 1
         drawn = []
-        for share in plan.sequences:
-            stop = share.start + len(share.token_ids)
-            slots = [self._slot(share.block_table, position) for position in range(stop)]
+        for source, destination in plan.copies:
+            size = self.block_size
+            self.slots[destination * size : (destination + 1) * size] = self.slots[
+                source * size : (source + 1) * size
+            ]
+        tables = [self._slots(s.block_table, s.start + len(s.token_ids)) for s in plan.sequences]
+        # As on a device: all that the step writes is written before anything is read.
+        for share, slots in zip(plan.sequences, tables, strict=True):
             for slot, token in zip(slots[share.start :], share.token_ids, strict=True):
                 if share.writes:
                     self.slots[slot] = token
+        for share, slots in zip(plan.sequences, tables, strict=True):
             if share.samples:
-                drawn.append(next_token([self.slots[slot] for slot in slots], self.vocab_size))
+                context = [self.slots[slot] for slot in slots]
+                drawn.append(next_token(context, self.vocab_size, share.branch))
         return StepResult(drawn)
+
+    def _slots(self, block_table, stop):
+        return [self._slot(block_table, position) for position in range(stop)]
 
     def _slot(self, block_table, position):
         block = block_table[position // self.block_size]

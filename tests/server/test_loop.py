@@ -6,7 +6,8 @@ from fake_runner import BrokenRunner, FakeRunner
 from octavo import wire
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
-from octavo.core.scheduler import Limits, Scheduler
+from octavo.core.request import Limits
+from octavo.core.scheduler import Scheduler
 from octavo.core.step import StepResult
 from octavo.engine.loop import Clock, EngineLoop, RunnerError
 from octavo.params import SamplingParams

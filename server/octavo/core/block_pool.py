@@ -121,13 +121,17 @@ class BlockPool:
         """Say what an active block holds, so that it can be found; return the content's link.
 
         The link stands for this block and all before it in the keys of those that follow. Where
-        another block holds the same already, that one stays the one to be found.
+        another block holds the same already, that one stays the one to be found. A block that was
+        published before keeps its link, also when what preceded it has been evicted since.
         """
         self._require_active(block)
+        before = self._key_of.get(block)
+        if before is not None:
+            if before[1] != key[1]:
+                raise IntegrityError(f"block {block} was published before, with other contents")
+            return self._link_of[block]
         known = self._by_key.get(key)
         if known is None:
-            if block in self._key_of:
-                raise IntegrityError(f"block {block} was published before, with other contents")
             known = block
             self._by_key[key] = block
             self._key_of[block] = key

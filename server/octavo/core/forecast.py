@@ -90,18 +90,36 @@ def demand_blocks(
     running: Iterable[Sequence],
     waiting: WaitingTotals,
     *,
+    active_blocks: int,
     block_size: int,
     mean_output: float,
     tokens_per_s: float,
 ) -> dict[str, int]:
-    """Blocks that running and waiting work needs at each of `HORIZONS`."""
+    """Blocks that running and waiting work needs at each of `HORIZONS`.
+
+    To the blocks held now, those that each sequence lacks are added: what sequences share is
+    counted once.
+    """
     demand = {}
-    sizes = [(len(s.tokens), expected_growth(s, mean_output)) for s in running]
+    sizes = [
+        (len(s.tokens), expected_growth(s, mean_output), _blocks_held(s, block_size))
+        for s in running
+    ]
     for name, seconds in HORIZONS.items():
         pace = int(tokens_per_s * seconds)
-        need = sum(blocks_for(tokens + min(pace, growth), block_size) for tokens, growth in sizes)
+        need = active_blocks + sum(
+            blocks_for(tokens + min(pace, growth), block_size) - held
+            for tokens, growth, held in sizes
+        )
         demand[name] = need + _waiting_demand(waiting, pace, mean_output, block_size)
     return demand
+
+
+def _blocks_held(sequence: Sequence, block_size: int) -> int:
+    """Blocks in its table; a branch that still waits for the prompt's will be given those."""
+    if sequence.branch and not sequence.block_table:
+        return sequence.num_prompt_tokens // block_size
+    return len(sequence.block_table)
 
 
 def _waiting_demand(waiting: WaitingTotals, pace: int, mean_output: float, block_size: int) -> int:

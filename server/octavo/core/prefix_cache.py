@@ -61,6 +61,7 @@ class PrefixCache:
             sequence.block_table = blocks
             sequence.chained = len(blocks)
             sequence.link = self._pool.link(blocks[-1])
+            sequence.written = found
             sequence.computed = min(found, len(sequence.tokens) - 1)
         if self._enabled and sequence.preemptions == 0:
             sequence.cached_tokens = sequence.computed

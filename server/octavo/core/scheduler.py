@@ -2,15 +2,16 @@
 
 Invariants, in reading order:
 
-- `running` is in order of admission. A sequence is cut short by the token budget only when it is
-  the last admitted, so at most the last one is between two chunks of its prompt, and every other
-  gets its token each step. One is admitted only when all that run left budget over, so never more
-  run than a step has tokens for.
-- A sequence takes blocks from those admitted after it, never from those before it; the last one
-  has nobody to take from and waits, keeping its blocks. So the first always moves on, and
-  whatever was accepted fits into the pool alone: there is no deadlock and no livelock.
-- Tokens are recorded once. A preempted sequence runs its recorded tokens again, in chunks like a
+- `running` is in order of admission. A group is cut short by the token budget only when it is the
+  last admitted, so at most the last one is between two chunks of its prompt, and every other gets
+  a token for each branch in each step. One is admitted only when all that run left a token for each
+  of its branches, so never more run than a step has tokens for.
+- A group takes blocks from those admitted after it, never from those before it; the last one has
+  nobody to take from and waits, keeping its blocks. So the first always moves on, and whatever was
+  accepted fits into the pool alone: there is no deadlock and no livelock.
+- Tokens are recorded once. A preempted group runs its recorded tokens again, in chunks like a
   prompt, and draws on from where it was.
+- A block that more than one table holds is not written: its writer takes a copy.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from dataclasses import dataclass, field
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.forecast import OutputLengths, expected_growth
+from octavo.core.group import Group
 from octavo.core.policy import SchedulingPolicy
 from octavo.core.prefix_cache import PrefixCache
+from octavo.core.request import Limits, Request, RequestError, make_group
 from octavo.core.sequence import Sequence, blocks_for
 from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED, ScheduledSequence, StepPlan
 from octavo.core.waiting import WaitingQueue, WaitingTotals
@@ -34,28 +37,12 @@ _NO_TOKEN_TEXTS = {
 }
 
 
-class RequestError(ValueError):
-    """One request cannot be served as it is; the text is for the one who sent it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the model and the configuration allow. `max_model_len` is prompt and output together."""
-
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-    enable_prefix_caching: bool = True
-
-
 @dataclass(frozen=True, slots=True)
 class SequenceUpdate:
-    """What a step brought one request. The update with a `finish_reason` is its last.
+    """What a step brought one sequence. The update with a `finish_reason` is its last.
 
-    `stop_token_id` is the EOS or stop id that ended it; it is not among `token_ids`.
+    `index` is the sequence's branch of the request. `stop_token_id` is the EOS or stop id that
+    ended it; it is not among `token_ids`.
     """
 
     request_id: str
@@ -63,22 +50,34 @@ class SequenceUpdate:
     finish_reason: str | None = None
     stop_token_id: int | None = None
     error: str | None = None
-    seq_id: int = field(default=-1, compare=False)
+    seq_id: int = -1
     cached_tokens: int = 0
+    index: int = 0
 
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the scheduler was made."""
+    """Totals since the scheduler was made. `copies` are blocks copied before a write."""
 
     steps: int = 0
     preemptions: int = 0
+    copies: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A step being planned, and the tokens that it may still take."""
+
+    budget: int
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+
+
 class Scheduler:
-    """Plans steps over sequences and a block pool; knows neither model, device nor clock."""
+    """Plans steps over groups of sequences and a block pool; knows no model, device or clock."""
 
     def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits) -> None:
         self.max_len = min(limits.max_model_len, pool.num_blocks * limits.block_size)
@@ -90,8 +89,9 @@ class Scheduler:
             pool, limits.block_size, enabled=limits.enable_prefix_caching
         )
         self._waiting = WaitingQueue(policy, limits.block_size)
-        self._running: dict[int, Sequence] = {}
-        self._by_request: dict[str, Sequence] = {}
+        self._running: dict[int, Group] = {}
+        self._branches: dict[int, Sequence] = {}
+        self._by_request: dict[str, Group] = {}
         self._next_id = 0
 
     # Requests in and out.
@@ -106,91 +106,68 @@ class Scheduler:
         scope: str = "",
         now: float = 0.0,
     ) -> None:
-        """Queue a request; raise `RequestError` or `ParameterError` when it cannot be served.
-
-        Requests of one `scope` share the cached blocks of equal prompts, and of no other.
-        """
+        """Queue a request; raise `RequestError` or `ParameterError` when it cannot be served."""
         if request_id in self._by_request:
             raise RequestError(f"a request with id {request_id!r} is already here")
-        params.validate(self.limits.vocab_size)
-        self._check_prompt(prompt)
-        room = self.max_len - len(prompt)
-        eos = frozenset[int]() if params.ignore_eos else self.limits.eos_token_ids
-        sequence = Sequence(
-            seq_id=self._next_id,
+        request = Request(
             request_id=request_id,
-            tokens=list(prompt),
-            num_prompt_tokens=len(prompt),
-            max_new_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            prompt=prompt,
             params=params,
-            arrival=self._next_id,
-            arrival_time=now,
             priority=priority,
             scope=scope,
-            stop_ids=eos.union(params.stop_token_ids),
+            now=now,
         )
-        self._next_id += 1
-        self._by_request[request_id] = sequence
-        self._waiting.push(sequence)
+        group = make_group(request, self.limits, self.pool.num_blocks, self._next_id)
+        self._next_id += group.width
+        self._by_request[request_id] = group
+        self._waiting.push(group)
 
-    def _check_prompt(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise RequestError("the prompt has no tokens")
-        if len(prompt) >= self.max_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; at most {self.max_len - 1} leave room for "
-                f"one of output (context {self.limits.max_model_len} tokens, KV cache "
-                f"{self.pool.num_blocks * self.limits.block_size})"
-            )
-        vocab_size = self.limits.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            bad = next(token for token in prompt if not 0 <= token < vocab_size)
-            raise RequestError(f"token id {bad} in the prompt; valid ids are 0..{vocab_size - 1}")
-
-    def abort(self, request_id: str) -> SequenceUpdate | None:
-        """End a request and free its blocks; None when there is no such request."""
-        sequence = self._by_request.get(request_id)
-        if sequence is None:
-            return None
-        self._drop(sequence)
-        return SequenceUpdate(request_id, [], "abort", seq_id=sequence.seq_id)
+    def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
+        """End a request, or one branch of it, and free the blocks; empty when there is no such."""
+        group = self._by_request.get(request_id)
+        ended = [] if group is None else [b for b in group.branches if index in (None, b.branch)]
+        for branch in ended:
+            self._drop(branch)
+        return [
+            SequenceUpdate(request_id, [], "abort", seq_id=b.seq_id, index=b.branch) for b in ended
+        ]
 
     # Plan.
 
     def plan(self) -> StepPlan:
         """Choose the next step's tokens and give them blocks."""
-        scheduled: list[ScheduledSequence] = []
-        preempted: list[int] = []
-        budget = self.limits.max_num_batched_tokens
-        stalled = False
-        for sequence in tuple(self._running.values()):
-            if sequence.seq_id not in self._running:
+        draft = _Draft(self.limits.max_num_batched_tokens)
+        complete = True
+        for group in tuple(self._running.values()):
+            if group.arrival not in self._running:
                 break  # preempted for one before it, as were all after it
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            if not self._grow(sequence, count, preempted):
-                stalled = True
+            complete = self._continue(group, draft)
+            if not complete:
                 break
-            scheduled.append(self._schedule(sequence, count))
-            budget -= count
-        if not stalled:
-            self._admit(budget, scheduled)
-        return StepPlan(sequences=tuple(scheduled), preempted=tuple(preempted))
+        # Where blocks ran out just now, nobody is let in: least of all those who lost theirs.
+        if complete and not draft.preempted:
+            self._admit(draft)
+        self.counters.copies += len(draft.copies)
+        return StepPlan(tuple(draft.sequences), tuple(draft.copies), tuple(draft.preempted))
 
-    def _admit(self, budget: int, scheduled: list[ScheduledSequence]) -> None:
-        while budget > 0 and self._waiting and len(self._running) < self.limits.max_num_seqs:
-            sequence = self._waiting.peek()
-            found = self.prefix_cache.find(sequence)
-            if self._admission_blocks(sequence, found) > self.pool.num_free:
+    def _admit(self, draft: _Draft) -> None:
+        while self._waiting:
+            group = self._waiting.peek()
+            places = self.limits.max_num_seqs - len(self._branches)
+            if group.width > min(places, draft.budget):
+                return
+            found = self.prefix_cache.find(group.lead)
+            if self._admission_blocks(group, found) > self.pool.num_free:
                 return  # those behind it wait too: the order is the policy's, not the size's
             self._waiting.pop()
-            self._running[sequence.seq_id] = sequence
-            self.prefix_cache.attach(sequence, found)
-            count = min(sequence.pending, budget)
-            self._extend(sequence, count)
-            scheduled.append(self._schedule(sequence, count))
-            budget -= count
+            self._running[group.arrival] = group
+            for branch in group.branches:
+                self._branches[branch.seq_id] = branch
+            self.prefix_cache.attach(group.lead, found)
+            if not self._continue(group, draft):
+                return
 
-    def _admission_blocks(self, sequence: Sequence, found: list[int]) -> int:
+    def _admission_blocks(self, group: Group, found: list[int]) -> int:
         """Blocks to be taken for its known tokens and the output it is expected to grow by.
 
         By expectation, not by `max_tokens`: reserving the worst case leaves most of the cache
@@ -198,32 +175,99 @@ class Scheduler:
         growth ends at `max_new_tokens`; so with nothing running the next is always admitted.
         Blocks found in the cache are to be taken too, unless somebody holds them already.
         """
-        growth = expected_growth(sequence, self.output_lengths.mean)
+        growth = [expected_growth(branch, self.output_lengths.mean) for branch in group.branches]
         active = sum(1 for block in found if self.pool.references(block))
-        return blocks_for(len(sequence.tokens) + growth, self.limits.block_size) - active
+        return group.blocks_with(self.limits.block_size, growth) - active
 
-    def _grow(self, sequence: Sequence, count: int, preempted: list[int]) -> bool:
+    def _continue(self, group: Group, draft: _Draft) -> bool:
+        """Schedule a running group; False when budget or blocks did not suffice for all of it."""
+        alone = len(group.branches) == 1
+        for branch in group.branches:
+            pending = len(branch.tokens) - branch.computed
+            if alone:
+                count = min(pending, draft.budget)
+            else:
+                if branch is not group.lead and not branch.block_table:
+                    if not self._join(branch, group.lead):
+                        return False
+                    pending = branch.pending
+                count = min(pending, self._share_of_budget(group, branch, draft))
+            if count == 0 or not self._grow(group, branch, count, draft):
+                return False
+            draft.sequences.append(self._schedule(branch, count))
+            draft.budget -= count
+            if count < pending:
+                return False
+        return True
+
+    def _share_of_budget(self, group: Group, branch: Sequence, draft: _Draft) -> int:
+        """Tokens that a branch may run. The first draw of all branches is in one step.
+
+        So the lead ends the prompt only where a token is left for each of the others.
+        """
+        if branch is not group.lead or branch.num_generated:
+            return draft.budget
+        others = len(group.branches) - 1
+        if draft.budget >= branch.pending + others:
+            return branch.pending
+        return min(draft.budget, branch.pending - 1)
+
+    def _join(self, branch: Sequence, lead: Sequence) -> bool:
+        """Share the lead's blocks of the prompt, once they are written or will be in this step.
+
+        At the end of the prompt each branch runs the last token for itself, to draw from it, but
+        does not write it: the lead does, in the same step, and writing comes before reading. Later,
+        when preempted branches are rebuilt, each goes on from the prompt's end by itself.
+        """
+        prompt = branch.num_prompt_tokens
+        if branch.num_generated:
+            if lead.computed < prompt:
+                return False
+            branch.computed = prompt
+        else:
+            branch.computed = prompt - 1
+            branch.cached_tokens = lead.cached_tokens
+        branch.written = prompt
+        branch.block_table = lead.block_table[: blocks_for(prompt, self.limits.block_size)]
+        self.pool.share(branch.block_table)
+        return True
+
+    def _grow(self, group: Group, sequence: Sequence, count: int, draft: _Draft) -> bool:
         """Give a running sequence blocks for `count` more tokens, preempting later ones if need be.
 
-        False when it is the last admitted and there are not enough: it sits this step out.
+        False when its group is the last admitted and there are not enough: it sits this step out.
         """
         size = self.limits.block_size
-        need = blocks_for(sequence.computed + count, size) - len(sequence.block_table)
+        table = sequence.block_table
+        need = blocks_for(sequence.computed + count, size) - len(table)
+        copied = len(group.branches) > 1 and self._must_copy(sequence)
+        need += copied
         if need <= 0:
             return True
         while self.pool.num_free < need:
             victim = self._running[next(reversed(self._running))]
-            if victim is sequence:
+            if victim is group:
                 return False
-            self._preempt(victim)
-            preempted.append(victim.seq_id)
-        sequence.block_table += self.pool.allocate(need)
+            draft.preempted += self._preempt(victim)
+        blocks = self.pool.allocate(need)
+        if copied:
+            at = sequence.computed // size
+            draft.copies.append((table[at], blocks[0]))
+            self.pool.release(table[at:])
+            table = table[:at]
+        # A new list where others may have been given the old one.
+        sequence.block_table = table + blocks
         return True
 
-    def _extend(self, sequence: Sequence, count: int) -> None:
-        """Blocks for the first chunk of a sequence just admitted; admission saw that they fit."""
-        need = blocks_for(sequence.computed + count, self.limits.block_size)
-        sequence.block_table += self.pool.allocate(need - len(sequence.block_table))
+    def _must_copy(self, sequence: Sequence) -> bool:
+        """True when the block that its next token is written to is in another table too."""
+        at = sequence.computed // self.limits.block_size
+        table = sequence.block_table
+        return (
+            sequence.computed >= sequence.written
+            and at < len(table)
+            and self.pool.references(table[at]) > 1
+        )
 
     def _schedule(self, sequence: Sequence, count: int) -> ScheduledSequence:
         start = sequence.computed
@@ -237,16 +281,20 @@ class Scheduler:
             num_generated=sequence.num_generated,
             tokens=sequence.tokens,
             num_prompt_tokens=sequence.num_prompt_tokens,
-            writes=start >= sequence.chained * self.limits.block_size,
+            branch=sequence.branch,
+            writes=start >= sequence.written,
         )
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take the sequence's blocks; it returns to its place in the queue and replays later."""
-        del self._running[sequence.seq_id]
-        self._free_blocks(sequence)
-        sequence.preemptions += 1
+    def _preempt(self, group: Group) -> list[int]:
+        """Take the group's blocks; it returns to its place in the queue and replays later."""
+        del self._running[group.arrival]
+        for branch in group.branches:
+            del self._branches[branch.seq_id]
+            self._free_blocks(branch)
+            branch.preemptions += 1
         self.counters.preemptions += 1
-        self._waiting.push(sequence)
+        self._waiting.push(group)
+        return [branch.seq_id for branch in group.branches]
 
     # Commit.
 
@@ -260,7 +308,7 @@ class Scheduler:
         drawn = iter(sampled)
         for share in plan.sequences:
             token = next(drawn) if share.samples else None
-            sequence = self._running.get(share.seq_id)
+            sequence = self._branches.get(share.seq_id)
             if sequence is None:
                 continue
             sequence.computed = share.start + len(share.token_ids)
@@ -284,7 +332,7 @@ class Scheduler:
             self._drop(sequence)
         else:
             self.counters.generation_tokens += 1
-            if generated == 0:
+            if generated == 0 and sequence.branch == 0:
                 self.counters.prompt_tokens += sequence.num_prompt_tokens
             if token in sequence.stop_ids and generated >= sequence.params.min_tokens:
                 reason, stop_token_id = "stop", token
@@ -303,6 +351,7 @@ class Scheduler:
             error=error,
             seq_id=sequence.seq_id,
             cached_tokens=sequence.cached_tokens,
+            index=sequence.branch,
         )
 
     def _finish(self, sequence: Sequence) -> None:
@@ -310,16 +359,25 @@ class Scheduler:
         self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
-        del self._by_request[sequence.request_id]
-        if self._running.pop(sequence.seq_id, None) is None:
-            self._waiting.remove(sequence)
+        """Take a branch out, and the group with its last one."""
+        group = self._by_request[sequence.request_id]
+        waiting = group.arrival in self._waiting
+        if waiting:
+            self._waiting.remove(group)
+        group.branches.remove(sequence)
+        self._branches.pop(sequence.seq_id, None)
+        if not group.branches:
+            self._running.pop(group.arrival, None)
+            del self._by_request[sequence.request_id]
+        elif waiting:
+            self._waiting.push(group)
         self._free_blocks(sequence)
 
     def _free_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         # A new list: a plan may still hold the old one.
         sequence.block_table = []
-        sequence.computed = sequence.chained = 0
+        sequence.computed = sequence.written = sequence.chained = 0
 
     # What others may look at.
 
@@ -331,12 +389,12 @@ class Scheduler:
     @property
     def running(self) -> Iterable[Sequence]:
         """The running sequences, in order of admission."""
-        return self._running.values()
+        return self._branches.values()
 
     @property
     def num_running(self) -> int:
         """Sequences that hold a place in the batch."""
-        return len(self._running)
+        return len(self._branches)
 
     @property
     def waiting_totals(self) -> WaitingTotals:
@@ -350,4 +408,5 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every block is accounted for; O(blocks)."""
-        self.pool.check_integrity(s.block_table for s in self._by_request.values())
+        groups = self._by_request.values()
+        self.pool.check_integrity(b.block_table for group in groups for b in group.branches)

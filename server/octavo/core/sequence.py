@@ -17,6 +17,10 @@ class Sequence:
     `arrival` is the order of adding; it survives preemption. `max_new_tokens` is resolved: the
     request's `max_tokens`, bounded by the context.
 
+    `branch` tells the sequences of one group apart. The first `written` tokens have their keys and
+    values in the table's blocks, or get them in this step from another branch's share: they may run
+    again to draw from the last of them, and are then not written.
+
     For the prefix cache: only sequences of one `scope` find each other's blocks. The first
     `chained` blocks are full and published, and `link` stands for the last of them.
     `cached_tokens` were found when the sequence first ran.
@@ -35,6 +39,8 @@ class Sequence:
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
     preemptions: int = 0
+    branch: int = 0
+    written: int = 0
     scope: str = ""
     chained: int = 0
     link: int = -1

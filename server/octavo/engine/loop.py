@@ -9,10 +9,11 @@ from typing import Protocol
 
 from octavo import wire
 from octavo.core import forecast
-from octavo.core.scheduler import RequestError, Scheduler, SequenceUpdate
+from octavo.core.request import RequestError
+from octavo.core.scheduler import Scheduler, SequenceUpdate
 from octavo.core.step import StepPlan, StepResult
 from octavo.logprobs import TokenLogprobs
-from octavo.params import ParameterError
+from octavo.params import MAX_N, ParameterError, SamplingParams
 
 
 class StepRunner(Protocol):
@@ -72,13 +73,14 @@ class EngineLoop:
                 now=self._clock.monotonic(),
             )
         except (RequestError, ParameterError) as error:
-            output = wire.TokenOutput(request.request_id, [], "error", error=str(error))
-            self._outbox.append(output)
+            self._outbox += [
+                wire.TokenOutput(request.request_id, [], "error", error=str(error), index=index)
+                for index in range(_samples(request.params))
+            ]
 
-    def abort(self, request_id: str) -> None:
-        """End a request; one that is unknown or already over is ignored."""
-        update = self.scheduler.abort(request_id)
-        if update is not None:
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one sample of it; what is unknown or already over is ignored."""
+        for update in self.scheduler.abort(request_id, index):
             self._prompt_logprobs.pop(update.seq_id, None)
             self._outbox.append(_output(update))
 
@@ -128,6 +130,7 @@ class EngineLoop:
         demand = forecast.demand_blocks(
             scheduler.running,
             waiting,
+            active_blocks=counts.active,
             block_size=scheduler.limits.block_size,
             mean_output=scheduler.output_lengths.mean,
             tokens_per_s=rates.decode_tokens_per_s,
@@ -175,4 +178,10 @@ def _output(
         error=update.error,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        index=update.index,
     )
+
+
+def _samples(params: SamplingParams) -> int:
+    """Ends that whoever sent this waits for; one where the number itself is the error."""
+    return params.branches if type(params.branches) is int and 1 <= params.branches <= MAX_N else 1

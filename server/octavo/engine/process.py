@@ -101,7 +101,7 @@ class Server:
         if isinstance(message, wire.AddRequest):
             self._loop.add(message)
         else:
-            self._loop.abort(message.request_id)
+            self._loop.abort(message.request_id, message.index)
 
     def _step(self) -> None:
         outputs = self._loop.step()

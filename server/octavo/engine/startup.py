@@ -12,7 +12,8 @@ from octavo import wire
 from octavo.config import EngineConfig
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
-from octavo.core.scheduler import Limits, Scheduler
+from octavo.core.request import Limits
+from octavo.core.scheduler import Scheduler
 from octavo.core.sequence import blocks_for
 from octavo.core.step import StepPlan, StepResult
 from octavo.engine.loop import EngineLoop, RunnerError

@@ -1,0 +1,62 @@
+"""A request's sequences: one for each sample it asked for. They come, wait and leave as one.
+
+The branches of a group have the prompt in common. The first of them, the lead, runs the prompt; the
+others then take its blocks, and whoever first writes into a block that is held by more than one
+copies it before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo.core.sequence import Sequence, blocks_for
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The unfinished branches of one request, in order; a group without branches is over.
+
+    `arrival` is its place in the order of adding.
+    """
+
+    arrival: int
+    branches: list[Sequence]
+
+    @property
+    def lead(self) -> Sequence:
+        """The branch that runs the prompt for all."""
+        return self.branches[0]
+
+    @property
+    def width(self) -> int:
+        """Branches that are still drawing."""
+        return len(self.branches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known of all branches, the prompt counted once."""
+        prompt = self.lead.num_prompt_tokens
+        return prompt + sum(len(branch.tokens) - prompt for branch in self.branches)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be drawn."""
+        return sum(branch.remaining for branch in self.branches)
+
+    def num_blocks(self, block_size: int) -> int:
+        """Blocks for all tokens known."""
+        return self.blocks_with(block_size, [0] * len(self.branches))
+
+    def blocks_with(self, block_size: int, growth: list[int]) -> int:
+        """Blocks for all tokens known and for `growth` more of each branch."""
+        shared = self.lead.num_prompt_tokens // block_size if len(self.branches) > 1 else 0
+        return shared + sum(
+            blocks_for(len(branch.tokens) + more, block_size) - shared
+            for branch, more in zip(self.branches, growth, strict=True)
+        )
+
+
+def most_tokens(prompt: int, branches: int, num_blocks: int, block_size: int) -> int:
+    """The longest that each branch can become when all of them have the pool to themselves."""
+    shared = prompt // block_size if branches > 1 else 0
+    return (shared + (num_blocks - shared) // branches) * block_size
