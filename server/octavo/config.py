@@ -18,6 +18,7 @@ from octavo.errors import ConfigError
 
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+GENERATION_CONFIGS = ("auto", "vllm")
 SOURCES = ("auto", "hub", "modelscope", "path")
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -75,6 +76,7 @@ class ServeConfig:
     startup_stall_timeout: float = 120.0
     max_queue: int = 2048
     chat_template: str | None = None
+    generation_config: str = "auto"
     termination_log: str = DEFAULT_TERMINATION_LOG
 
     @property
@@ -114,6 +116,13 @@ def _add_http_arguments(group: argparse._ArgumentGroup) -> None:
         help="names that requests may use; the first is shown (default MODEL)",
     )
     add("--chat-template", metavar="FILE_OR_TEXT", help="instead of the tokenizer's own")
+    add(
+        "--generation-config",
+        choices=GENERATION_CONFIGS,
+        default="auto",
+        help="sampling of requests that name none: auto is the model's generation_config.json, "
+        "vllm is temperature 1 and nothing else (default %(default)s)",
+    )
     add(
         "--max-queue",
         type=int,
@@ -240,6 +249,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         startup_stall_timeout=args.startup_stall_timeout,
         max_queue=args.max_queue,
         chat_template=args.chat_template,
+        generation_config=args.generation_config,
         termination_log=termination_log(),
     )
     _validate_engine(engine)

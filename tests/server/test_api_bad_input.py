@@ -111,6 +111,16 @@ WRONG_FIELDS = [
     ("stop", ["a"] * 10**5),
     ("stop_token_ids", [-1]), ("stop_token_ids", [2**40]), ("stop_token_ids", ["a"]),
     ("stop_token_ids", [5] * 129), ("ignore_eos", "no"), ("stream_options", {"include_usage": 3}),
+    ("min_p", -0.1), ("min_p", 1.1), ("min_p", "0"), ("typical_p", 0), ("typical_p", 2),
+    ("presence_penalty", -2.1), ("frequency_penalty", 2.1), ("frequency_penalty", "x"),
+    ("repetition_penalty", 0), ("repetition_penalty", 2.5), ("repetition_penalty", True),
+    ("logit_bias", {"5": 101}), ("logit_bias", {"5": "x"}), ("logit_bias", {"x": 1}),
+    ("logit_bias", {"4096": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", [5]),
+    ("logit_bias", {str(i): 1 for i in range(2000)}), ("allowed_token_ids", []),
+    ("allowed_token_ids", [4096]), ("allowed_token_ids", [1] * 2000), ("bad_words", "x"),
+    ("bad_words", [""]), ("bad_words", [5]), ("bad_words", ["a"] * 200), ("prompt_logprobs", -1),
+    ("prompt_logprobs", 21), ("prompt_logprobs", 10**18), ("prompt_logprobs", True),
+    ("include_stop_str_in_output", "yes"), ("skip_special_tokens", 0),
 ]  # fmt: skip
 
 
@@ -126,17 +136,15 @@ def test_a_wrong_field_is_named(server: ApiServer, path: str, field: str, value:
     ("path", "field", "value"),
     [
         *((CHAT, *pair) for pair in [
-            ("n", 2), ("n", 10**18), ("n", True), ("logprobs", True), ("top_logprobs", 5),
+            ("n", 2), ("n", 10**18), ("n", True), ("echo", True),
             ("tools", [{"type": "function"}]), ("tool_choice", "required"),
             ("response_format", {"type": "json_object"}), ("functions", [{}]),
-            ("frequency_penalty", 0.5), ("presence_penalty", -1), ("logit_bias", {"5": 1}),
             ("chat_template", "x"), ("continue_final_message", True), ("guided_json", {}),
             ("modalities", ["audio"]),
         ]),
         *((TEXT, *pair) for pair in [
-            ("n", 3), ("best_of", 2), ("logprobs", 0), ("logprobs", 10**6), ("echo", True),
-            ("suffix", "x"), ("use_beam_search", True), ("min_p", 0.1), ("prompt_logprobs", 1),
-            ("repetition_penalty", 1.1), ("structured_outputs", {"regex": "a"}),
+            ("n", 3), ("best_of", 2), ("suffix", "x"), ("use_beam_search", True),
+            ("structured_outputs", {"regex": "a"}),
         ]),
     ],
 )  # fmt: skip
@@ -149,6 +157,24 @@ def test_what_is_not_supported_is_refused_by_name(
     assert f"{field} is not supported yet" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (TEXT, {"logprobs": 21}, "logprobs"), (TEXT, {"logprobs": -1}, "logprobs"),
+        (TEXT, {"logprobs": 10**6}, "logprobs"), (TEXT, {"logprobs": True}, "logprobs"),
+        (TEXT, {"echo": "yes"}, "echo"), (TEXT, {"max_tokens": 0}, "max_tokens"),
+        (TEXT, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        (CHAT, {"logprobs": 5}, "logprobs"), (CHAT, {"top_logprobs": 5}, "top_logprobs"),
+        (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ],
+)  # fmt: skip
+def test_wrong_logprobs(server: ApiServer, path: str, body: dict[str, Any], field: str) -> None:
+    prompt = {"messages": USER} if path == CHAT else {"prompt": "a"}
+    error = refused(server.http.post(path, json={**prompt, **body}))
+    assert error["param"] == field
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_neutral_values_and_unknown_fields_are_ignored(server: ApiServer, path: str) -> None:
     body = {"messages": USER} if path == CHAT else {"prompt": "a"}
@@ -157,7 +183,9 @@ def test_neutral_values_and_unknown_fields_are_ignored(server: ApiServer, path: 
         "response_format": {"type": "text"}, "echo": False, "logprobs": None, "stop": None,
         "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "model": None,
         "stream": False, "stream_options": None, "x" * 100: [1], "max_tokens": 1, "top_k": 0,
-        "seed": -(2**63), "temperature": 0, "top_p": 1,
+        "seed": -(2**63), "temperature": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1,
+        "bad_words": [], "skip_special_tokens": True, "include_stop_str_in_output": False,
+        "prompt_logprobs": None, "top_logprobs": None,
     }  # fmt: skip
     answer = server.http.post(path, json={**body, **neutral})
     assert answer.status_code == 200, answer.text

@@ -1,7 +1,8 @@
 """An engine process without a model: it speaks the wire protocol and repeats each prompt.
 
 Output token n of a request is prompt token n modulo the prompt's length, so a test knows every
-answer. Faults are injected by flags; every message received goes to a journal.
+answer; so it does every log-probability. Faults are injected by flags; every message received goes
+to a journal.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import zmq
 
 from octavo import wire
+from octavo.logprobs import TokenLogprobs
 
 EOS = 3  # the tiny model's <|im_end|>
 
@@ -30,6 +32,12 @@ class Running:
 
     request: wire.AddRequest
     output: list[int] = field(default_factory=list)
+
+
+def logprobs(token: int, count: int) -> TokenLogprobs:
+    """Token t has -t / 1000 and rank 1; the next most probable are the ids above it."""
+    top = range(token, token + count)
+    return TokenLogprobs(token, -token / 1000, 1, list(top), [-t / 1000 for t in top])
 
 
 class FakeEngine:
@@ -130,7 +138,17 @@ class FakeEngine:
         reason = "length" if n + 1 == params.max_tokens else None
         if reason:
             del self.running[request_id]
-        return wire.TokenOutput(request_id, [token], reason, num_cached_tokens=0)
+        asked, of_prompt = params.logprobs, params.prompt_logprobs
+        return wire.TokenOutput(
+            request_id,
+            [token],
+            reason,
+            num_cached_tokens=0,
+            logprobs=None if asked is None else [logprobs(token, asked)],
+            prompt_logprobs=None
+            if n or of_prompt is None
+            else [logprobs(t, of_prompt) for t in prompt[1:]],
+        )
 
     def report(self) -> None:
         now = time.monotonic()

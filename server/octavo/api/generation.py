@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from octavo.api.engine_client import Arrival, EngineClient, Mailbox
 from octavo.api.errors import engine_error
+from octavo.api.logprobs import PlacedLogprobs
+from octavo.logprobs import TokenLogprobs
 from octavo.metrics import Metrics
 from octavo.params import SamplingParams
 from octavo.text.stop import StopMatcher
@@ -17,12 +20,16 @@ from octavo.wire import AddRequest, TokenOutput
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text of one choice; `finish_reason` comes once, with the last."""
+    """New text of one choice; `finish_reason` comes once, with the last.
+
+    `logprobs` are of the tokens since the delta before; some of their text may come later.
+    """
 
     index: int
     text: str
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: tuple[PlacedLogprobs, ...] = ()
 
 
 @dataclass(slots=True)
@@ -45,53 +52,109 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One validated sequence to generate."""
+    """One validated sequence to generate.
+
+    `echo` is the prompt's text where the answer is to begin with it; with `echo_only` that is all,
+    and the token that the engine cannot help drawing is dropped.
+    """
 
     token_ids: list[int]
     params: SamplingParams
+    echo: str | None = None
+    echo_only: bool = False
+    shows_prompt_logprobs: bool = False
 
 
 class Choice:
     """The growing output of one sequence."""
 
     def __init__(self, index: int, prompt: Prompt, tokenizer: Tokenizer) -> None:
+        params = prompt.params
         self.index = index
         self.usage = Usage(prompt_tokens=len(prompt.token_ids))
         self.finished = False
-        self._params = prompt.params
-        self._detokenizer = tokenizer.detokenizer(prompt.token_ids)
-        self._stop = StopMatcher(prompt.params.stop)
+        self._prompt = prompt
+        self._params = params
+        self._tokenizer = tokenizer
+        self._detokenizer = tokenizer.detokenizer(
+            prompt.token_ids, skip_special=params.skip_special_tokens
+        )
+        self._stop = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self._begun = False
+        self._chars = 0  # characters of the whole text so far, the echoed prompt included
+        self._placed: list[PlacedLogprobs] = []  # not yet in a delta
 
     def feed(self, output: TokenOutput) -> Delta | None:
         """Take an output of the engine; None when no text is certain yet."""
         self.usage.cached_tokens = max(self.usage.cached_tokens, output.num_cached_tokens)
-        text = ""
-        for token_id in output.token_ids:
+        text = "" if self._begun else self._begin(output)
+        if self._prompt.echo_only:
+            return self._finish(text, "length", None) if output.finish_reason else None
+        for place, token_id in enumerate(output.token_ids):
             self.usage.completion_tokens += 1
+            if output.logprobs is not None:
+                self._place(token_id, output.logprobs[place])
             text += self._push(self._detokenizer.push(token_id))
             if self._stop.matched is not None:
                 return self._finish(text, "stop", self._stop.matched)
         if output.finish_reason is None:
-            return Delta(self.index, text) if text else None
+            return self._delta(text) if text else None
+        return self._end(text, output)
+
+    def _begin(self, output: TokenOutput) -> str:
+        """What comes before the first token: the prompt, where it is to be echoed."""
+        self._begun = True
+        if self._prompt.shows_prompt_logprobs:
+            self.prompt_logprobs = output.prompt_logprobs or []
+        if self._prompt.echo is None:
+            return ""
+        if self._params.logprobs is not None:
+            self._place_prompt(output.prompt_logprobs or [])
+        self._chars = len(self._prompt.echo)
+        return self._prompt.echo
+
+    def _place_prompt(self, found: list[TokenLogprobs]) -> None:
+        ids = self._prompt.token_ids
+        detokenizer = self._tokenizer.detokenizer([])
+        for token_id, of_token in zip_longest(ids, [None, *found]):
+            self._place(token_id, of_token)
+            self._chars += len(detokenizer.push(token_id))
+
+    def _end(self, text: str, output: TokenOutput) -> Delta:
         if output.stop_token_id is not None:
             self.usage.completion_tokens += 1
+            if self._params.include_stop_str_in_output:
+                text += self._push(self._detokenizer.push(output.stop_token_id))
         text += self._push(self._detokenizer.flush())
         if self._stop.matched is not None:
             return self._finish(text, "stop", self._stop.matched)
         asked = output.stop_token_id in self._params.stop_token_ids
         return self._finish(
-            text + self._stop.flush(), output.finish_reason, output.stop_token_id if asked else None
+            text + self._stop.flush(),
+            output.finish_reason or "stop",
+            output.stop_token_id if asked else None,
         )
 
+    def _place(self, token_id: int, found: TokenLogprobs | None) -> None:
+        self._placed.append(PlacedLogprobs(token_id, self._chars, found))
+
     def _push(self, text: str) -> str:
+        self._chars += len(text)
         # Before min_tokens a stop string is ordinary text.
         if self.usage.completion_tokens < self._params.min_tokens:
             return text
         return self._stop.push(text)
 
+    def _delta(
+        self, text: str, reason: str | None = None, stop_reason: int | str | None = None
+    ) -> Delta:
+        placed, self._placed = tuple(self._placed), []
+        return Delta(self.index, text, reason, stop_reason, placed)
+
     def _finish(self, text: str, reason: str, stop_reason: int | str | None) -> Delta:
         self.finished = True
-        return Delta(self.index, text, reason, stop_reason)
+        return self._delta(text, reason, stop_reason)
 
 
 @dataclass(slots=True)
@@ -190,8 +253,8 @@ def _merged(deltas: list[Delta]) -> list[Delta]:
         merged[delta.index] = (
             delta
             if before is None
-            else Delta(
-                delta.index, before.text + delta.text, delta.finish_reason, delta.stop_reason
+            else replace(
+                delta, text=before.text + delta.text, logprobs=before.logprobs + delta.logprobs
             )
         )
     return list(merged.values())

@@ -91,6 +91,8 @@ async def _collect(generation: Generation, form: Form) -> bytes:
         async for batch in batches:
             for delta in batch:
                 answers[delta.index].add(delta)
+    for answer, choice in zip(answers, generation.choices, strict=True):
+        answer.prompt_logprobs = choice.prompt_logprobs
     return form.whole(answers, generation.usage())
 
 

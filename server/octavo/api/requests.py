@@ -10,7 +10,7 @@ import msgspec
 
 from octavo.api.errors import ApiError
 from octavo.api.limits import MAX_JSON_DEPTH, MAX_MESSAGES, MAX_PROMPTS
-from octavo.params import SamplingParams
+from octavo.params import MAX_LOGPROBS, ParameterError, SamplingParams
 from octavo.text.template import Message
 
 # Each field with the values that ask for nothing; any other value is refused by name.
@@ -18,32 +18,20 @@ _UNSUPPORTED_BOTH: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "use_beam_search": (False,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
     "length_penalty": (1, 1.0),
-    "min_p": (0, 0.0),
-    "logit_bias": ({},),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "prompt_logprobs": (),
-    "echo": (False,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
     "truncate_prompt_tokens": (),
     "return_token_ids": (False,),
     "priority": (0,),
 }
 _UNSUPPORTED_CHAT: Mapping[str, tuple[object, ...]] = {
     **_UNSUPPORTED_BOTH,
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "echo": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -59,10 +47,16 @@ _UNSUPPORTED_CHAT: Mapping[str, tuple[object, ...]] = {
 }
 _UNSUPPORTED_COMPLETION: Mapping[str, tuple[object, ...]] = {
     **_UNSUPPORTED_BOTH,
-    "logprobs": (),
     "suffix": ("",),
     "prompt_embeds": (),
 }
+# Fields whose values the engine takes as they are.
+_SAMPLING = (
+    "min_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words",
+    "seed", "stop", "stop_token_ids", "ignore_eos", "prompt_logprobs",
+    "include_stop_str_in_output", "skip_special_tokens",
+)  # fmt: skip
 # Names that a template gets from the server itself.
 _TEMPLATE_RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -91,24 +85,52 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
 
     @property
     def asked_max_tokens(self) -> int | None:
         """The client's bound on the output, if any."""
         return self.max_tokens
 
-    def sampling_params(self, max_tokens: int, vocab_size: int) -> SamplingParams:
-        """The engine's parameters; raises `ParameterError` when one is out of range."""
-        given = {
-            name: value
-            for name in ("min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
-            if (value := getattr(self, name)) is not None
+    @property
+    def asked_logprobs(self) -> int | None:
+        """How many of the most probable tokens are to be told beside each token."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    def sampling_params(
+        self, max_tokens: int, vocab_size: int, defaults: Mapping[str, float]
+    ) -> SamplingParams:
+        """The engine's parameters; raises `ParameterError` when one is out of range.
+
+        `defaults` stand for what the request leaves out.
+        """
+        given: dict[str, Any] = {
+            **defaults,
+            **{name: v for name in _SAMPLING if (v := getattr(self, name)) is not None},
+            "max_tokens": max_tokens,
+            "logprobs": self.asked_logprobs,
         }
-        if self.top_k is not None:  # 0 is vLLM's other way to say "off"
-            given["top_k"] = -1 if self.top_k == 0 else min(self.top_k, vocab_size)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        ids = tuple(self.stop_token_ids or ())
-        params = SamplingParams(max_tokens=max_tokens, stop=stop, stop_token_ids=ids, **given)
+        if given.get("top_k") == 0:  # vLLM's other way to say "off"
+            given["top_k"] = -1
+        given["top_k"] = min(given.get("top_k", -1), vocab_size)
+        if self.echoes and self.asked_logprobs is not None:
+            given["prompt_logprobs"] = max(self.prompt_logprobs or 0, self.asked_logprobs)
+        params = SamplingParams(**given)
         params.validate(vocab_size)
         return params
 
@@ -135,6 +157,22 @@ class ChatBody(SamplingBody, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """`top_logprobs` if `logprobs` is on."""
+        count = self.top_logprobs or 0
+        if not self.logprobs:
+            if count:
+                raise ParameterError("top_logprobs", "top_logprobs needs logprobs: true")
+            return None
+        if not 0 <= count <= MAX_LOGPROBS:
+            raise ParameterError(
+                "top_logprobs", f"top_logprobs must be in 0..{MAX_LOGPROBS}, got {count}"
+            )
+        return count
 
     @property
     def asked_max_tokens(self) -> int | None:
@@ -170,6 +208,18 @@ class CompletionBody(SamplingBody, kw_only=True):
     """POST /v1/completions."""
 
     prompt: Any
+    logprobs: int | None = None
+    echo: bool | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """`logprobs` is a number here."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """`echo`."""
+        return bool(self.echo)
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts: a text, token ids, or a list of either."""
@@ -213,11 +263,15 @@ def _decode(raw: bytes, body: type[Body], unsupported: Mapping[str, tuple[object
         if value is not None and not any(type(value) is type(v) and value == v for v in neutral):
             raise ApiError(400, f"{name} is not supported yet; leave it out", param=name)
     try:
-        decoded = msgspec.convert(fields, body)
+        decoded = msgspec.convert(fields, body, str_keys=True)
     except msgspec.ValidationError as error:
         raise _wrong_type(error) from error
     if decoded.stream_options is not None and not decoded.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    if decoded.stream and decoded.prompt_logprobs is not None:
+        raise ApiError(
+            400, "prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs"
+        )
     return decoded
 
 
@@ -257,7 +311,8 @@ def _wrong_type(error: msgspec.ValidationError) -> ApiError:
     """Turn "Expected `int`, got `str` - at `$.seed`" into a sentence and a param."""
     text = str(error)
     what, _, where = text.partition(" - at ")
-    path = where.strip("`").removeprefix("$").removeprefix(".")
+    # A wrong key of a map is "`key` in `$.map`".
+    path = where.rpartition(" in ")[2].strip("`").removeprefix("$").removeprefix(".")
     missing = re.fullmatch(r"Object missing required field `(\w+)`", what)
     if missing:
         path = f"{path}.{missing[1]}" if path else missing[1]

@@ -15,6 +15,7 @@ from octavo.api.generation import Generation
 from octavo.api.http_io import StreamResponse, read_body, whole_response
 from octavo.api.lifecycle import State
 from octavo.api.load_report import failure_report, load_report, progress_report
+from octavo.api.logprobs import LogprobsWriter
 from octavo.api.request_id import RequestIdMiddleware
 from octavo.api.requests import SamplingBody, StreamOptions, decode_chat, decode_completion
 from octavo.api.serving import Serving
@@ -68,7 +69,7 @@ def _add_openai(app: FastAPI, serving: Serving) -> None:
         body = await read_body(request, decode_chat)
         model = serving.model_name(body.model)
         generation = await serving.start_chat(body)
-        return await _answer(request, body, generation, ChatForm, model)
+        return await _answer(request, body, generation, ChatForm, model, serving.logprobs)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> Response:
@@ -76,7 +77,7 @@ def _add_openai(app: FastAPI, serving: Serving) -> None:
         body = await read_body(request, decode_completion)
         model = serving.model_name(body.model)
         generation = await serving.start_completion(body, body.prompts())
-        return await _answer(request, body, generation, CompletionForm, model)
+        return await _answer(request, body, generation, CompletionForm, model, serving.logprobs)
 
     @app.get("/v1/models", response_model=None)
     async def models() -> Response:
@@ -103,9 +104,10 @@ async def _answer(
     generation: Generation,
     form: type[ChatForm] | type[CompletionForm],
     model: str,
+    logprobs: LogprobsWriter | None,
 ) -> Response:
     options = body.stream_options or StreamOptions()
-    writer = form(generation.request_id, model, usage_null=options.include_usage)
+    writer = form(generation.request_id, model, usage_null=options.include_usage, writer=logprobs)
     if body.stream:
         return StreamResponse(generation, writer, options)
     return await whole_response(request, generation, writer)

@@ -163,7 +163,10 @@ class _Supervisor:
         config = self._config
         try:
             self._serving.text = await asyncio.to_thread(
-                load_text_side, config.engine.model, config.chat_template
+                load_text_side,
+                config.engine.model,
+                config.chat_template,
+                config.generation_config,
             )
         except OctavoError as error:
             self._fail(Failed(error.reason, str(error), error.retryable))

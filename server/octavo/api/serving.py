@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
+import msgspec
+
 from octavo.api.admission import Admission
 from octavo.api.engine_client import EngineClient
 from octavo.api.errors import ApiError
 from octavo.api.generation import Choice, Generation, Prompt
 from octavo.api.lifecycle import Lifecycle, State
 from octavo.api.limits import ENGINE_HUNG_S
+from octavo.api.logprobs import LogprobsWriter
 from octavo.api.requests import ChatBody, SamplingBody
 from octavo.config import ServeConfig
 from octavo.metrics import EngineView, Metrics
@@ -43,6 +46,11 @@ class Serving:
     def close(self) -> None:
         """Stop the encoding thread."""
         self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def logprobs(self) -> LogprobsWriter | None:
+        """What lays out log-probabilities, once the tokenizer is there."""
+        return LogprobsWriter(self.text.tokenizer) if self.text else None
 
     def require_serving(self) -> tuple[Ready, TextSide]:
         """The engine's facts and the text side, or a 503 that says why not and when to retry."""
@@ -130,7 +138,7 @@ class Serving:
         try:
             loop = asyncio.get_running_loop()
             encoded = await loop.run_in_executor(self._encoding, encode)
-            prompts = [_prompt(ids, body, engine, field) for ids in encoded]
+            prompts = [_prompt(ids, body, engine, text, field) for ids in encoded]
             choices = [Choice(i, p, text.tokenizer) for i, p in enumerate(prompts)]
         except BaseException:
             self._leave(count, None)
@@ -185,11 +193,42 @@ class Serving:
         )
 
 
-def _prompt(ids: list[int], body: SamplingBody, engine: Ready, field: str) -> Prompt:
+def _prompt(
+    ids: list[int], body: SamplingBody, engine: Ready, text: TextSide, field: str
+) -> Prompt:
     """Check a prompt against the model and the context."""
+    _check_ids(ids, engine, field)
+    room, asked = engine.max_model_len - len(ids), body.asked_max_tokens
+    echo_only = body.echoes and asked == 0
+    max_tokens = 1 if echo_only else room if asked is None else asked
+    try:
+        params = body.sampling_params(max_tokens, engine.vocab_size, text.sampling_defaults)
+        if params.bad_words:
+            found = text.tokenizer.bad_word_ids(params.bad_words)
+            params = msgspec.structs.replace(params, bad_words_ids=found)
+            params.validate(engine.vocab_size)
+    except ParameterError as error:
+        raise ApiError(400, str(error), param=error.param) from error
+    if asked is not None and asked > room:
+        raise ApiError(
+            400,
+            f"the prompt has {len(ids)} tokens and max_tokens asks for {asked} more; the context "
+            f"is {engine.max_model_len} tokens; ask for at most {room}",
+            param="max_tokens",
+        )
+    return Prompt(
+        ids,
+        params,
+        echo=text.tokenizer.decode(ids) if body.echoes else None,
+        echo_only=echo_only,
+        shows_prompt_logprobs=body.prompt_logprobs is not None,
+    )
+
+
+def _check_ids(ids: list[int], engine: Ready, field: str) -> None:
     if not ids:
         raise ApiError(400, f"{field} is empty", param=field)
-    context, asked = engine.max_model_len, body.asked_max_tokens
+    context = engine.max_model_len
     if len(ids) >= context:
         raise ApiError(
             400,
@@ -204,16 +243,3 @@ def _prompt(ids: list[int], body: SamplingBody, engine: Ready, field: str) -> Pr
             f"{field} holds token id {wrong}; valid ids are 0..{engine.vocab_size - 1}",
             param=field,
         )
-    room = context - len(ids)
-    try:
-        params = body.sampling_params(room if asked is None else asked, engine.vocab_size)
-    except ParameterError as error:
-        raise ApiError(400, str(error), param=error.param) from error
-    if asked is not None and asked > room:
-        raise ApiError(
-            400,
-            f"the prompt has {len(ids)} tokens and max_tokens asks for {asked} more; the context "
-            f"is {context} tokens; ask for at most {room}",
-            param="max_tokens",
-        )
-    return Prompt(ids, params)

@@ -7,12 +7,14 @@ each stream and only the text is escaped for each chunk.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from octavo.api.generation import Delta, Usage
+from octavo.api.logprobs import LogprobsWriter, PlacedLogprobs
+from octavo.logprobs import TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
 _json = msgspec.json.Encoder().encode
@@ -27,7 +29,10 @@ def error_event(body: bytes) -> bytes:
 
 def _text(text: str) -> bytes:
     """A JSON string that is one line for every client."""
-    raw = _json(text)
+    return _one_line(_json(text))
+
+
+def _one_line(raw: bytes) -> bytes:
     for char, escape in _LINE_BREAKS:
         raw = raw.replace(char, escape)
     return raw
@@ -40,12 +45,15 @@ class Answer:
         self.text = ""
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.logprobs: list[PlacedLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
 
     def add(self, delta: Delta) -> None:
         """Append a delta."""
         self.text += delta.text
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
+        self.logprobs += delta.logprobs
 
 
 class Form(Protocol):
@@ -69,8 +77,12 @@ class _Form:
 
     chunk_object: str
     whole_object: str
+    _layout: Callable[[LogprobsWriter, Sequence[PlacedLogprobs]], dict[str, Any] | None]
 
-    def __init__(self, response_id: str, model: str, *, usage_null: bool) -> None:
+    def __init__(
+        self, response_id: str, model: str, *, usage_null: bool, writer: LogprobsWriter | None
+    ) -> None:
+        self._writer = writer
         self._common = {"id": response_id, "created": int(time.time()), "model": model}
         head = _json({"object": self.chunk_object, **self._common})
         self._head = b"data: " + head[:-1] + b',"choices":['
@@ -86,6 +98,21 @@ class _Form:
     def _usage(self, usage: Usage | None) -> bytes:
         return self._usage_null if usage is None else b',"usage":' + _json(usage.as_json())
 
+    def _logprobs(self, placed: Sequence[PlacedLogprobs]) -> dict[str, Any] | None:
+        """The choice's logprobs object."""
+        if self._writer is None or not placed:
+            return None
+        return self._layout(self._writer, placed)
+
+    def _logprobs_member(self, delta: Delta) -> bytes:
+        return b',"logprobs":' + _one_line(_json(self._logprobs(delta.logprobs)))
+
+    def _prompt_logprobs(self, answer: Answer) -> dict[str, Any]:
+        """The extra member with the prompt's log-probabilities, where they were asked for."""
+        if self._writer is None or answer.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": self._writer.prompt(answer.prompt_logprobs)}
+
     @staticmethod
     def _ending(delta: Delta) -> bytes:
         if delta.finish_reason is None:
@@ -98,13 +125,14 @@ class _Form:
             + b"}"
         )
 
-    def _body(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+    def _body(self, choices: list[dict[str, Any]], usage: Usage, **more: object) -> bytes:
         return _json(
             {
                 **self._common,
                 "object": self.whole_object,
                 "choices": choices,
                 "usage": usage.as_json(),
+                **more,
             }
         )
 
@@ -114,9 +142,17 @@ class ChatForm(_Form):
 
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
+    _layout = staticmethod(LogprobsWriter.chat)
 
-    def __init__(self, response_id: str, model: str, *, usage_null: bool = False) -> None:
-        super().__init__(response_id, model, usage_null=usage_null)
+    def __init__(
+        self,
+        response_id: str,
+        model: str,
+        *,
+        usage_null: bool = False,
+        writer: LogprobsWriter | None = None,
+    ) -> None:
+        super().__init__(response_id, model, usage_null=usage_null, writer=writer)
         self._begun: set[int] = set()
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
@@ -128,7 +164,7 @@ class ChatForm(_Form):
             opening = b',"delta":{"role":"assistant","content":""},"logprobs":null'
             role = self._event(index + opening + b',"finish_reason":null}', usage)
         content = b'{"content":' + _text(delta.text) + b"}" if delta.text else b"{}"
-        choice = index + b',"delta":' + content + b',"logprobs":null' + self._ending(delta)
+        choice = index + b',"delta":' + content + self._logprobs_member(delta) + self._ending(delta)
         return role + self._event(choice, usage)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:
@@ -137,13 +173,14 @@ class ChatForm(_Form):
             {
                 "index": index,
                 "message": {"role": "assistant", "content": answer.text},
-                "logprobs": None,
+                "logprobs": self._logprobs(answer.logprobs),
                 "finish_reason": answer.finish_reason,
                 "stop_reason": answer.stop_reason,
             }
             for index, answer in enumerate(answers)
         ]
-        return self._body(choices, usage)
+        # A chat has one prompt, so these are not the choices'.
+        return self._body(choices, usage, **self._prompt_logprobs(answers[0]))
 
 
 class CompletionForm(_Form):
@@ -151,14 +188,22 @@ class CompletionForm(_Form):
 
     chunk_object = "text_completion"
     whole_object = "text_completion"
+    _layout = staticmethod(LogprobsWriter.completion)
 
-    def __init__(self, response_id: str, model: str, *, usage_null: bool = False) -> None:
-        super().__init__(response_id, model, usage_null=usage_null)
+    def __init__(
+        self,
+        response_id: str,
+        model: str,
+        *,
+        usage_null: bool = False,
+        writer: LogprobsWriter | None = None,
+    ) -> None:
+        super().__init__(response_id, model, usage_null=usage_null, writer=writer)
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         """The event for one delta."""
-        choice = b'{"index":%d,"text":' % delta.index + _text(delta.text) + b',"logprobs":null'
-        return self._event(choice + self._ending(delta), usage)
+        choice = b'{"index":%d,"text":' % delta.index + _text(delta.text)
+        return self._event(choice + self._logprobs_member(delta) + self._ending(delta), usage)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:
         """The body of a response that is not streamed."""
@@ -166,9 +211,10 @@ class CompletionForm(_Form):
             {
                 "index": index,
                 "text": answer.text,
-                "logprobs": None,
+                "logprobs": self._logprobs(answer.logprobs),
                 "finish_reason": answer.finish_reason,
                 "stop_reason": answer.stop_reason,
+                **self._prompt_logprobs(answer),
             }
             for index, answer in enumerate(answers)
         ]

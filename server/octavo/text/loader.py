@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from octavo.errors import ConfigError, ModelError
+from octavo.text.generation_config import read_sampling_defaults
 from octavo.text.template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
 
@@ -17,14 +19,20 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True, slots=True)
 class TextSide:
-    """A model's tokenizer and, when it has one, its chat template."""
+    """A model's tokenizer, its chat template when it has one, and its recommended sampling."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
 
-def load_text_side(model: str, chat_template: str | None) -> TextSide:
-    """Load from the folder `model`; `chat_template` (file or text) replaces the model's own."""
+def load_text_side(
+    model: str, chat_template: str | None, generation_config: str = "vllm"
+) -> TextSide:
+    """Load from the folder `model`; `chat_template` (file or text) replaces the model's own.
+
+    `generation_config` says whether the model's recommended sampling is read: auto or vllm.
+    """
     folder = Path(model)
     if not folder.is_dir():
         raise ModelError(f"the model folder {model} does not exist; check the path and the volume")
@@ -32,10 +40,11 @@ def load_text_side(model: str, chat_template: str | None) -> TextSide:
     config = _read_json(folder / "tokenizer_config.json")
     special = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
     found = _given(chat_template) if chat_template else _own(folder, config)
+    defaults = read_sampling_defaults(folder) if generation_config == "auto" else {}
     if found is None:
-        return TextSide(tokenizer, None)
+        return TextSide(tokenizer, None, defaults)
     where, source = found
-    return TextSide(tokenizer, ChatTemplate(source, special, where=where))
+    return TextSide(tokenizer, ChatTemplate(source, special, where=where), defaults)
 
 
 def _given(chat_template: str) -> tuple[str, str]:

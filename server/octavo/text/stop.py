@@ -7,11 +7,12 @@ class StopMatcher:
     """Finds the stop string that is completed first; ties go to the longer one.
 
     Because "completed first" looks only at where matches end, the result does not depend on how
-    the text was cut into pieces.
+    the text was cut into pieces. With `include` the stop string itself is let through.
     """
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._held = ""
         self.matched: str | None = None
 
@@ -24,9 +25,9 @@ class StopMatcher:
         text = self._held + text
         hits = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
         if hits:
-            _, at, self.matched = min(hits)
+            end, at, self.matched = min(hits)
             self._held = ""
-            return text[:at]
+            return text[: end if self._include else at]
         keep = max(_overlap(text, s) for s in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from octavo.text.detokenizer import (
 
 # A sentencepiece-like detokenizer must see what stands before the first new token.
 CONTEXT_TOKENS = 6
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class _TokenizerFile(msgspec.Struct):
@@ -40,6 +42,8 @@ class Tokenizer:
             i for i, t in backend.get_added_tokens_decoder().items() if t.special
         )
         self._bytes = ByteTable(backend.id_to_token, self.control_ids) if byte_level else None
+        # Control tokens too: for log-probabilities, and for outputs that are to show them.
+        self._all_bytes = ByteTable(backend.id_to_token, frozenset()) if byte_level else None
         self.longest_token = max((len(t) for t in backend.get_vocab()), default=1)
 
     @classmethod
@@ -106,15 +110,37 @@ class Tokenizer:
         """The control tokens that `text` spells out, each once."""
         return sorted({m.group().strip() for m in self._control.finditer(text)})
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of a whole output, control tokens left out."""
-        return str(self._backend.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """The text of a whole output, by default with control tokens left out."""
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special))
 
-    def detokenizer(self, prompt: list[int]) -> Detokenizer:
+    def detokenizer(self, prompt: list[int], *, skip_special: bool = True) -> Detokenizer:
         """A fresh incremental detokenizer for the output that follows `prompt`."""
-        if self._bytes is not None:
-            return ByteLevelDetokenizer(self._bytes)
-        return WindowDetokenizer(self.decode, prompt[-CONTEXT_TOKENS:])
+        table = self._bytes if skip_special else self._all_bytes
+        if table is not None:
+            return ByteLevelDetokenizer(table)
+        decode = partial(self.decode, skip_special=skip_special)
+        return WindowDetokenizer(decode, prompt[-CONTEXT_TOKENS:])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for on its own; it need not be whole characters."""
+        if self._all_bytes is not None:
+            return self._all_bytes[token_id]
+        piece = self._backend.id_to_token(token_id) or ""
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return piece.replace("\u2581", " ").encode()  # sentencepiece's mark of a space
+
+    def bad_word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The token sequences that spell each word, at the start of a text and after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        with self._lock:
+            for word in words:
+                for text in (word, f" {word.lstrip()}"):
+                    ids = tuple(self._backend.encode(text, add_special_tokens=False).ids)
+                    if ids:
+                        found[ids] = None
+        return tuple(found)
 
 
 def _control_pattern(special: Mapping[str, object]) -> re.Pattern[str]:
