@@ -15,6 +15,7 @@ import msgspec
 
 from octavo.core.policy import PolicyFactory
 from octavo.errors import ConfigError
+from octavo.hub.repository import HubSettings, looks_like_reference
 
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -36,6 +37,7 @@ class EngineConfig:
 
     model: str
     source: str = "auto"
+    revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     block_size: int = 16
@@ -148,7 +150,14 @@ def _add_http_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--source", choices=SOURCES, default="auto", help="where MODEL is (default %(default)s)")
+    add(
+        "--source",
+        choices=SOURCES,
+        default="auto",
+        help="where MODEL is; auto: a folder if there is one, else the hub, or ModelScope if "
+        "OCTAVO_USE_MODELSCOPE is set (default %(default)s)",
+    )
+    add("--revision", help="branch, tag or commit of a hub's model (or write MODEL@REVISION)")
     add("--device", choices=DEVICES, default="auto", help="default: cuda when there is one")
     add("--dtype", choices=DTYPES, default="auto", help="default: the model's; float32 on the CPU")
     add(
@@ -227,6 +236,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     engine = EngineConfig(
         model=args.model,
         source=args.source,
+        revision=args.revision,
         device=args.device,
         dtype=args.dtype,
         block_size=args.block_size,
@@ -244,7 +254,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         engine=engine,
         host=args.host,
         port=args.port,
-        served_model_names=tuple(args.served_model_name or (args.model,)),
+        served_model_names=tuple(args.served_model_name or (_plain_name(engine),)),
         drain_timeout=args.drain_timeout,
         startup_stall_timeout=args.startup_stall_timeout,
         max_queue=args.max_queue,
@@ -255,6 +265,55 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     _validate_engine(engine)
     _validate_serve(config)
     return config
+
+
+def _plain_name(config: EngineConfig) -> str:
+    """What MODEL is called: of a hub's model the name without the revision."""
+    return config.model if model_source(config) == "path" else config.model.partition("@")[0]
+
+
+def model_source(config: EngineConfig) -> str:
+    """Where the model really is: path, hub or modelscope."""
+    if config.source == "path" or (config.source == "auto" and not _is_hub_name(config.model)):
+        return "path"
+    if config.source != "auto":
+        return config.source
+    return "modelscope" if _use_modelscope() else "hub"
+
+
+def _is_hub_name(model: str) -> bool:
+    return looks_like_reference(model) and not Path(model).exists()
+
+
+def _use_modelscope() -> bool:
+    """The seed's switch; vLLM's own name for it counts too."""
+    names = ("OCTAVO_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in names)
+
+
+def hub_settings(kind: str) -> HubSettings:
+    """The hub of that kind (`hub` or `modelscope`), from the variables its own client reads."""
+    get = os.environ.get
+    caches = Path(get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if kind == "modelscope":
+        return HubSettings(
+            kind,
+            _endpoint(get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"),
+            Path(get("MODELSCOPE_CACHE") or caches / "modelscope" / "hub"),
+            get("MODELSCOPE_API_TOKEN"),
+        )
+    home = Path(get("HF_HOME") or caches / "huggingface")
+    return HubSettings(
+        kind,
+        _endpoint(get("HF_ENDPOINT") or "huggingface.co"),
+        Path(get("HF_HUB_CACHE") or home / "hub"),
+        get("HF_TOKEN") or _text(home / "token").strip() or None,
+        offline=get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes"),
+    )
+
+
+def _endpoint(value: str) -> str:
+    return (value if "://" in value else f"https://{value}").rstrip("/")
 
 
 def parse_serve_args(argv: Sequence[str]) -> ServeConfig:

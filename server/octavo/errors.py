@@ -43,6 +43,19 @@ class ConfigError(OctavoError):
     retryable = False
 
 
+class FetchError(OctavoError):
+    """The model could not be fetched from its hub this time; the text says what broke."""
+
+    reason = "ModelFetchFailed"
+
+
+class FetchRefusedError(FetchError):
+    """The hub refuses, has no such model, or offers what we do not take."""
+
+    reason = "ModelFetchRefused"
+    retryable = False
+
+
 class ExitCode(IntEnum):
     """How a process ended; numbers as in sysexits.h, so that they mean something elsewhere too."""
 

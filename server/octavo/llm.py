@@ -17,6 +17,7 @@ from typing import Any, Unpack
 from tqdm import tqdm
 
 from octavo import wire
+from octavo.engine.locate import locate
 from octavo.engine.startup import Reporter, start
 from octavo.errors import ConfigError
 from octavo.kv_stats import KvMeter, KvStats
@@ -65,12 +66,13 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Unpack[LLMOptions]) -> None:
-        config = engine_config(model, options)
+        report = Reporter(lambda _: None)
+        config = locate(engine_config(model, options), report, report.located)
         self._folder = options.get("tokenizer") or config.model
         self._text: TextSide | None = None
         if not options.get("skip_tokenizer_init", False):
             self._text = load_text_side(self._folder, options.get("chat_template"))
-        self._loop, self._ready = start(config, Reporter(lambda _: None))
+        self._loop, self._ready = start(config, report)
         self._limits = Limits(self._ready.max_model_len, self._ready.vocab_size)
         self._ids = itertools.count()
         self._meter = KvMeter(self._ready.block_size)

@@ -58,7 +58,6 @@ _ACCEPTED: dict[str, tuple[object, ...]] = {
     "tokenizer_mode": ("auto",),
     "trust_remote_code": (False,),
     "tensor_parallel_size": (1,),
-    "revision": (None,),
     "load_format": ("auto", "safetensors"),
     "swap_space": (0,),
     "enforce_eager": (False, True),

@@ -67,11 +67,17 @@ class Outputs(msgspec.Struct, tag="out", frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    """Engine → API while starting. `phase`: import | check | weights | cache | warmup."""
+    """Engine → API while starting. `phase`: import | fetch | check | weights | cache | warmup."""
 
     phase: str
     ratio: float
     eta_s: float | None = None
+
+
+class Located(msgspec.Struct, tag="located", frozen=True):
+    """Engine → API: the folder where a hub's model now lies, for the tokenizer."""
+
+    folder: str
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -133,7 +139,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
 
 
 ToEngine = AddRequest | AbortRequest | Stop
-ToApi = Outputs | Progress | Ready | Failed | Load
+ToApi = Outputs | Progress | Located | Ready | Failed | Load
 
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -326,11 +326,6 @@ def test_a_missing_tokenizer_keeps_the_server_up(tmp_path: Path) -> None:
         check_failed(server, "ModelInvalid", "tokenizer.json is missing")
 
 
-def test_a_source_that_is_not_there_yet_is_refused(tmp_path: Path) -> None:
-    with running(tmp_path, "--source", "hub", ready=False) as server:
-        check_failed(server, "ConfigInvalid", "--source hub is not supported yet")
-
-
 def test_the_drain_timeout_holds_with_a_hanging_engine(tmp_path: Path) -> None:
     flags = ["--hang-after", "5"]
     with running(tmp_path, "--drain-timeout", "0.5", engine=flags) as server:

@@ -242,7 +242,13 @@ FAILURES = [
     ("invalid_model", {}, ("ModelInvalid", False), "m/config.json: not a model", ExitCode.CONFIG),
     ("retryable_failure", {}, ("InternalError", True), "m/config.json", ExitCode.FAILED),
     ("no_such_runner", {}, ("EngineFailed", True), "AttributeError", ExitCode.FAILED),
-    ("FakeRunner", {"source": "hub"}, ("ConfigInvalid", False), "--source hub", ExitCode.CONFIG),
+    (
+        "FakeRunner",
+        {"source": "hub", "model": "../m"},
+        ("ConfigInvalid", False),
+        "'../m' is no model of a hub",
+        ExitCode.CONFIG,
+    ),
     ("FakeRunner", {"text": '{"model":1}'}, ("ConfigInvalid", False), "model", ExitCode.CONFIG),
     (
         "FakeRunner",

@@ -21,10 +21,10 @@ from octavo.api.lifecycle import State
 from octavo.api.limits import KEEP_ALIVE_S, MAX_HEADER_BYTES
 from octavo.api.routes import build_app
 from octavo.api.serving import Serving
-from octavo.config import ServeConfig
+from octavo.config import ServeConfig, model_source
 from octavo.errors import ConfigError, ExitCode, OctavoError
 from octavo.text.loader import load_text_side
-from octavo.wire import Failed, Load, Outputs, Progress, Ready
+from octavo.wire import Failed, Load, Located, Outputs, Progress, Ready
 
 log = logging.getLogger("octavo.api")
 
@@ -145,28 +145,19 @@ class _Supervisor:
     # The start
 
     async def _start(self) -> None:
-        if self._config.source not in ("auto", "path"):
-            error = ConfigError(
-                f"--source {self._config.source} is not supported yet; "
-                "put the model into a folder and give its path"
-            )
-            self._fail(Failed(error.reason, str(error), retryable=False))
-            return
         self._process = await EngineProcess.start(
             self._engine_command, self._folder, self._config.engine.to_json()
         )
         self._spawn(self._watch_process(self._process))
         self._spawn(self._watch_start())
-        await self._load_text()
+        # A hub's model is fetched by the engine, which then says where it lies.
+        if model_source(self._config.engine) == "path":
+            await self._load_text(self._config.engine.model)
 
-    async def _load_text(self) -> None:
-        config = self._config
+    async def _load_text(self, folder: str) -> None:
         try:
             self._serving.text = await asyncio.to_thread(
-                load_text_side,
-                config.engine.model,
-                config.chat_template,
-                config.generation_config,
+                load_text_side, folder, self._config.chat_template, self._config.generation_config
             )
         except OctavoError as error:
             self._fail(Failed(error.reason, str(error), error.retryable))
@@ -214,6 +205,8 @@ class _Supervisor:
                     self._life.on_load(message)
                 case Progress():
                     self._life.on_progress(message)
+                case Located():
+                    self._spawn(self._load_text(message.folder))
                 case Ready():
                     self._life.on_ready(message)
                     self._log_if_ready()

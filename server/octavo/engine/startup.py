@@ -16,6 +16,7 @@ from octavo.core.request import Limits
 from octavo.core.scheduler import Scheduler
 from octavo.core.sequence import blocks_for
 from octavo.core.step import StepPlan, StepResult
+from octavo.engine.locate import locate
 from octavo.engine.loop import EngineLoop, RunnerError
 from octavo.errors import ConfigError, DoesNotFitError
 from octavo.params import SamplingParams
@@ -78,16 +79,16 @@ class Reporter:
             eta_s = (now - self._begin) * (1 - ratio) / ratio
         self._send(wire.Progress(phase, ratio, eta_s))
 
+    def located(self, folder: str) -> None:
+        """Report where a model that was fetched lies."""
+        self._send(wire.Located(folder))
+
 
 def start(
     config: EngineConfig, report: Reporter, runner_spec: str = RUNNER
 ) -> tuple[EngineLoop, wire.Ready]:
     """Load the model, make its cache, draw a token; return the loop and what the API must know."""
-    if config.source in ("hub", "modelscope"):
-        raise ConfigError(
-            f"--source {config.source}: downloading models is not supported yet; "
-            "put the model folder into the image or a volume and give its path"
-        )
+    config = locate(config, report, report.located)
     report("import", 0)
     make_runner = _load_attribute(runner_spec)
     report("check", 0)
