@@ -19,6 +19,12 @@ from octavo_kernels import reference
 from octavo_kernels.match import Arg, match
 from octavo_kernels.reference import PLAIN, Function, Variant
 
+__all__ = [
+    "PLAIN", "Function", "Variant", "act", "act_and_mul", "calls", "copy_blocks", "forced",
+    "forced_instruction_set", "implementation", "implementations", "instruction_sets",
+    "layer_norm", "paged_attention", "rms_norm", "rope", "write_kv",
+]  # fmt: skip
+
 Implementation = Literal["cpu", "reference"]
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ from octavo.core.step import ScheduledSequence, StepPlan
 from octavo.engine import weights
 from octavo.engine.batch import build_batch
 from octavo.errors import ModelError, OctavoError, UnsupportedModelError
-from octavo.models.decoder import Decoder, empty_parameters, parameter_shapes
+from octavo.models.decoder import Decoder, empty_parameters
 from octavo.models.hf_config import HfConfig, read_config, read_eos_token_ids
+from octavo.models.parameters import parameter_shapes
 from octavo.models.registry import family_of
 from octavo.models.spec import RopeSpec
 from octavo.params import SamplingParams
@@ -124,7 +125,7 @@ def test_every_parameter_is_a_target_once(tmp_path) -> None:
     spec = family.translate(config)
     filled = {name: torch.zeros(shape) for name, shape in parameter_shapes(spec).items()}
     for target in family.targets(spec).values():
-        filled[target.parameter].narrow(0, target.row, target.shape[0]).add_(1)
+        filled[target.parameter].narrow(0, target.row, target.rows).add_(1)
     assert all(bool((tensor == 1).all()) for tensor in filled.values())
     assert {n: t.shape for n, t in family.targets(spec).items()} == llama_checkpoints.shapes(values)
 
@@ -136,24 +137,29 @@ def translate(**changes):
 
 def test_newer_and_older_rope_keys_mean_the_same() -> None:
     older = translate(rope_theta=5e5, rope_scaling=LLAMA3)
-    assert older.rope == translate(rope_parameters={**LLAMA3, "rope_theta": 5e5}).rope
-    assert older.rope == RopeSpec(5e5, "llama3", 8.0, 1.0, 4.0, 32)
-    assert translate(rope_parameters={"rope_type": "default"}).rope == RopeSpec()
+    assert older.layers == translate(rope_parameters={**LLAMA3, "rope_theta": 5e5}).layers
+    assert older.layers[1].rope == RopeSpec(5e5, "llama3", 8.0, 1.0, 4.0, 32)
+    assert translate(rope_parameters={"rope_type": "default"}).layers[0].rope == RopeSpec()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"architectures": ["MistralForCausalLM"]},
-            r'architectures is \["MistralForCausalLM"\], which is not supported; '
-            r"supported: LlamaForCausalLM",
+            {"architectures": ["MistralLMHeadModel"]},
+            r'architectures is \["MistralLMHeadModel"\], which is not supported; supported: .*'
+            r"LlamaForCausalLM.* \(nearest: \w+\)",
         ),
-        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", which is not supported; supported: silu'),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is .*awq"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, 'rope_scaling: rope_type is "yarn"'),
+        ({"hidden_act": "gelu_10"}, 'hidden_act is "gelu_10", which is not supported; .*: silu'),
+        ({"quantization_config": {"quant_method": "awq"}}, 'quantization_config is "awq", which'),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, 'quantization_config is "mxfp4"'),
+        ({"rope_scaling": {"rope_type": "3d", "factor": 2}}, 'rope_scaling: rope_type is "3d"'),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "supported: default, linear, llama3"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"vision_config": {}}, r"multimodal .* \(it has vision_config\); .*nearest: LlamaForCaus"),
+        (
+            {"architectures": ["Gemma3ForConditionalGeneration"]},
+            r"multimodal or encoder-decoder model .*\(nearest: Gemma3ForCausalLM\)",
+        ),
         ({"torch_dtype": "float8_e4m3fn"}, 'torch_dtype is "float8_e4m3fn"'),
     ],
 )
@@ -171,6 +177,8 @@ def test_what_is_not_served_is_named(changes, message) -> None:
         ({"hidden_size": True}, "hidden_size must be an integer, not true"),
         ({"hidden_size": 33}, r"hidden_size \(33\) is no multiple of 4 attention heads"),
         ({"head_dim": 7}, "head_dim must be even"),
+        ({"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor must be at mos"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.1}}, r"\(0.1\) of a head of 8 must be an"),
         ({"num_hidden_layers": 10**9}, r"num_hidden_layers must be in 1\.\.1024"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads \(3\) must divide"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a finite number above 0"),

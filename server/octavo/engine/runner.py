@@ -18,8 +18,9 @@ from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
 from octavo.engine.memory import available_host_bytes
 from octavo.engine.sampler import draw_key, sample
 from octavo.errors import ConfigError, DoesNotFitError
-from octavo.models.decoder import Decoder, empty_parameters, parameter_shapes
+from octavo.models.decoder import Decoder, empty_parameters
 from octavo.models.hf_config import read_config, read_eos_token_ids
+from octavo.models.parameters import parameter_shapes
 from octavo.models.registry import family_of
 from octavo.models.spec import DecoderSpec
 from octavo_kernels import ops
@@ -65,7 +66,7 @@ class Runner:
         self.max_model_len = _max_model_len(max_model_len, self.spec)
         self.block_size = block_size
         self._seed = seed
-        entries = read_checkpoint(folder)
+        entries = weights.with_prefix(read_checkpoint(folder), family.prefix)
         targets = family.targets(self.spec)
         weights.check_complete(entries, targets, family.ignored)
         progress("check", 1.0)

@@ -22,6 +22,13 @@ _DTYPES = {
 }
 
 
+def with_prefix(entries: dict[str, TensorEntry], prefix: str) -> dict[str, TensorEntry]:
+    """The tensors by full name, where a family's older checkpoints leave its prefix out."""
+    if any(name.startswith(prefix) for name in entries):
+        return entries
+    return {prefix + name: entry for name, entry in entries.items()}
+
+
 def check_complete(
     entries: dict[str, TensorEntry], targets: dict[str, Target], ignored: tuple[str, ...]
 ) -> None:
@@ -96,8 +103,10 @@ def _fill(
 ) -> Iterable[int]:
     """Copy one tensor chunk by chunk; yields the bytes of each."""
     source_dtype = _DTYPES[entry.dtype]
-    rows = parameters[target.parameter].narrow(0, target.row, target.shape[0])
-    destination = rows.reshape(-1)
+    rows = parameters[target.parameter].narrow(0, target.row, target.rows)
+    # What must be turned round is read whole first.
+    whole = None if target.arrange is None else torch.empty(target.shape, dtype=rows.dtype)
+    destination = rows.reshape(-1) if whole is None else whole.view(-1)
     chunk = CHUNK_BYTES - CHUNK_BYTES % source_dtype.itemsize
     filled = 0
     stream.seek(entry.begin)
@@ -110,6 +119,8 @@ def _fill(
         destination[filled : filled + count].copy_(piece)
         filled += count
         yield size
+    if whole is not None and target.arrange is not None:
+        rows.copy_(target.arrange(whole))
 
 
 def _read_exactly(stream: BinaryIO, window: memoryview, entry: TensorEntry) -> None:

@@ -8,13 +8,15 @@ candidates are that close.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import embedding, linear
 
-from octavo.models.spec import DecoderSpec, RopeSpec
+from octavo.models.moe import mixture
+from octavo.models.parameters import parameter_shapes
+from octavo.models.rope import rope_table
+from octavo.models.spec import DecoderSpec, LayerSpec
 from octavo_kernels import ops
 
 Parameters = dict[str, torch.Tensor]
@@ -46,46 +48,68 @@ class Decoder:
     ) -> None:
         self.spec = spec
         self.parameters = parameters
-        self._rope_table = rope_table(spec.rope, spec.head_dim, max_positions).to(device)
+        self._rope_tables = {
+            rope: rope_table(rope, spec.rotary_dim, max_positions).to(device)
+            for rope in {layer.rope for layer in spec.layers}
+            if rope is not None
+        }
+        self._variants = [
+            ops.Variant(
+                window=layer.window or 0,
+                softcap=spec.attention_softcap,
+                sinks=parameters[f"layers.{i}.sinks"].float() if spec.sinks else None,
+            )
+            for i, layer in enumerate(spec.layers)
+        ]
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """Logits (float32) of `batch.logit_rows`, all at once; see `hidden`."""
         return self.logits(self.hidden(batch, kv_cache))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (float32) of some rows of `hidden`'s result."""
-        head = "embedding" if self.spec.tied_embeddings else "lm_head"
-        return linear(hidden, self.parameters[head]).float()
-
     def hidden(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """The last layer's normed output of `batch.logit_rows`. Keys and values of the batch go to
         `kv_cache`, which is [layers, 2, blocks, block_size, kv_heads, head_dim].
+
+        `residual` is the sum of what all layers before gave; `x` is what was given last and is
+        added to it by the norm that comes next, in one pass.
         """
+        spec = self.spec
+        residual, x = self._embed(batch), None
+        for i, layer in enumerate(spec.layers):
+            at = f"layers.{i}."
+            normed = self._add_norm(at + "input_norm", x, residual)
+            x = self._attention(i, layer, normed, batch, kv_cache[i])
+            if spec.placement == "parallel":
+                aside = normed if spec.shared_norm else self._norm(at + "mlp_norm", residual)
+                x = x + self._mlp(at, layer, aside)
+                continue
+            x = self._norm(at + "attention_out_norm", x)
+            x = self._mlp(at, layer, self._add_norm(at + "mlp_norm", x, residual))
+            x = self._norm(at + "mlp_out_norm", x)
+        rows = batch.logit_rows
+        return self._add_norm("norm", None if x is None else x[rows], residual[rows])
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
         spec, p = self.spec, self.parameters
-        residual = embedding(batch.token_ids, p["embedding"])
-        x = ops.rms_norm(residual, p["layers.0.input_norm"], spec.norm_eps)
-        for layer in range(spec.num_layers):
-            at = f"layers.{layer}."
-            x = self._attention(at, x, batch, kv_cache[layer])
-            x = ops.rms_norm(x, p[at + "post_norm"], spec.norm_eps, residual)
-            x = self._linear(at + "gate_up", x)
-            x = self._linear(at + "down", ops.act_and_mul(x, "silu"))
-            if layer + 1 < spec.num_layers:
-                norm = p[f"layers.{layer + 1}.input_norm"]
-                x = ops.rms_norm(x, norm, spec.norm_eps, residual)
-        last, carried = x[batch.logit_rows], residual[batch.logit_rows]
-        return ops.rms_norm(last, p["norm"], spec.norm_eps, carried)
+        x = embedding(batch.token_ids, p["embedding"])
+        if spec.embedding_scale != 1.0:
+            x = x * torch.tensor(spec.embedding_scale, dtype=x.dtype, device=x.device)
+        if spec.learned_positions:
+            x = x + embedding(batch.positions + spec.position_offset, p["positions"])
+        return x
 
     def _attention(
-        self, at: str, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
+        self, index: int, layer: LayerSpec, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
     ) -> torch.Tensor:
-        spec = self.spec
+        spec, at = self.spec, f"layers.{index}."
         qkv = self._linear(at + "qkv", x)
         q, k, v = torch.split(qkv, [spec.query_size, spec.kv_size, spec.kv_size], dim=-1)
-        query = q.view(-1, spec.num_heads, spec.head_dim)
-        key = k.view(-1, spec.num_kv_heads, spec.head_dim)
+        query = self._heads(at + "q_norm", q)
+        key = self._heads(at + "k_norm", k)
         value = v.view(-1, spec.num_kv_heads, spec.head_dim)
-        ops.rope(query, key, batch.positions, self._rope_table)
+        if layer.rope is not None:
+            table = self._rope_tables[layer.rope]
+            ops.rope(query, key, batch.positions, table, interleaved=spec.rope_interleaved)
         ops.write_kv(key, value, kv_cache[0], kv_cache[1], batch.slots)
         mixed = ops.paged_attention(
             query,
@@ -95,33 +119,70 @@ class Decoder:
             batch.query_start,
             batch.seq_lens,
             spec.attention_scale,
+            self._variants[index],
         )
         return self._linear(at + "output", mixed.flatten(1))
+
+    def _heads(self, norm: str, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys as [tokens, heads, dim], normed before or after they are cut up."""
+        dim = self.spec.head_dim
+        if self.spec.qk_norm == "whole":
+            x = self._norm(norm, x.contiguous())
+        elif self.spec.qk_norm == "head":
+            x = self._norm(norm, x.reshape(-1, dim)).view(x.shape)
+        return x.view(len(x), -1, dim)
+
+    def _mlp(self, at: str, layer: LayerSpec, x: torch.Tensor) -> torch.Tensor:
+        moe = self.spec.moe
+        if not layer.sparse or moe is None:
+            return self._dense_mlp(at, x)
+        out = mixture(x, self.parameters, at, moe, self.spec.activation)
+        if moe.shared_intermediate_size:
+            share = torch.sigmoid(self._linear(at + "shared_gate", x))
+            out += share * self._dense_mlp(at + "shared.", x)
+        return out
+
+    def _dense_mlp(self, at: str, x: torch.Tensor) -> torch.Tensor:
+        function = self.spec.activation
+        if self.spec.gated:
+            inner = ops.act_and_mul(self._linear(at + "gate_up", x), function)
+        else:
+            inner = ops.act(self._linear(at + "up", x), function)
+        return self._linear(at + "down", inner)
+
+    def _add_norm(self, name: str, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        """Add x to the residual, in place, and norm the sum; the first layer has nothing to add."""
+        if x is None:
+            return self._norm(name, residual)
+        if self.spec.residual_scale != 1.0:
+            x = x * self.spec.residual_scale
+        return self._norm(name, x, residual)
+
+    def _norm(
+        self, name: str, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The norm of that name, or x itself where the spec has no norm in that place."""
+        spec, weight = self.spec, self.parameters.get(name)
+        if weight is None:
+            return x if residual is None else residual.add_(x)
+        if spec.norm == "layer":
+            bias = self.parameters.get(name + ".bias")
+            return ops.layer_norm(x, weight, bias, spec.norm_eps, residual)
+        return ops.rms_norm(x, weight, spec.norm_eps, residual, offset=spec.norm_offset)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.parameters[name], self.parameters.get(name + ".bias"))
 
-
-def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the decoder with its shape; biases are named after their matrix."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    qkv = spec.query_size + 2 * spec.kv_size
-    shapes: dict[str, tuple[int, ...]] = {"embedding": (spec.vocab_size, hidden), "norm": (hidden,)}
-    if not spec.tied_embeddings:
-        shapes["lm_head"] = (spec.vocab_size, hidden)
-    for layer in range(spec.num_layers):
-        at = f"layers.{layer}."
-        shapes[at + "input_norm"] = shapes[at + "post_norm"] = (hidden,)
-        for name, rows, columns, bias in (
-            ("qkv", qkv, hidden, spec.qkv_bias),
-            ("output", hidden, spec.query_size, spec.output_bias),
-            ("gate_up", 2 * inner, hidden, spec.mlp_bias),
-            ("down", hidden, inner, spec.mlp_bias),
-        ):
-            shapes[at + name] = (rows, columns)
-            if bias:
-                shapes[at + name + ".bias"] = (rows,)
-    return shapes
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (float32) of some rows of `hidden`'s result."""
+        spec = self.spec
+        output = self.parameters["embedding" if spec.tied_embeddings else "lm_head"]
+        logits = linear(x, output).float()
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        if spec.logit_softcap:
+            logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
+        return logits
 
 
 def empty_parameters(spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device) -> Parameters:
@@ -130,22 +191,3 @@ def empty_parameters(spec: DecoderSpec, *, dtype: torch.dtype, device: torch.dev
         name: torch.empty(shape, dtype=dtype, device=device)
         for name, shape in parameter_shapes(spec).items()
     }
-
-
-def rope_table(rope: RopeSpec, head_dim: int, max_positions: int) -> torch.Tensor:
-    """Row p: cosines of position p for each frequency, then its sines."""
-    frequency = rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    if rope.kind == "linear":
-        frequency = frequency / rope.factor
-    elif rope.kind == "llama3":
-        frequency = _llama3_frequency(frequency, rope)
-    angle = torch.outer(torch.arange(max_positions).float(), frequency)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-def _llama3_frequency(frequency: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
-    """Long waves are slowed by the factor, short ones kept, those between blended."""
-    turns = rope.original_max_positions * frequency / (2 * math.pi)
-    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return (1 - kept) * frequency / rope.factor + kept * frequency

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,29 @@ _REQUIRED = object()
 
 @dataclass(slots=True, frozen=True)
 class HfConfig:
-    """A JSON object of a model folder; `where` is the file (and key) it came from."""
+    """A JSON object of a model folder; `where` is the file (and key) it came from.
+
+    `aliases` maps the names that we ask for to a family's own, `defaults` (by our names) are
+    what the family leaves out.
+    """
 
     where: str
     values: dict[str, Any]
+    aliases: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def of_family(self, aliases: dict[str, str] | None = None, /, **defaults: Any) -> HfConfig:
+        """The same object, read with a family's names and defaults."""
+        return HfConfig(self.where, self.values, aliases or {}, defaults)
+
+    def get(self, key: str) -> Any:
+        """The value as it stands, or the family's default, or None."""
+        value = self.values.get(self.aliases.get(key, key))
+        return self.defaults.get(key) if value is None else value
+
+    def has(self, key: str) -> bool:
+        """Whether there is a value, be it the family's default."""
+        return self.get(key) is not None
 
     def integer(self, key: str, *, low: int, high: int, default: Any = _REQUIRED) -> int:
         """An integer in [low, high]; null counts as absent."""
@@ -53,9 +72,20 @@ class HfConfig:
             raise self.wrong(key, f"must be a string, not {show(value)}")
         return value
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers above 0."""
+        value = self._get(key, _REQUIRED)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.wrong(key, f"must be a list of {count} numbers, not {show(value)}")
+        for item in value:
+            real = isinstance(item, int | float) and not isinstance(item, bool)
+            if not real or not 0 < item < 1e30:
+                raise self.wrong(key, f"must hold numbers above 0, not {show(item)}")
+        return tuple(float(item) for item in value)
+
     def section(self, key: str) -> HfConfig | None:
         """A nested object, or None when absent or null."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return None
         if not isinstance(value, dict):
@@ -64,20 +94,21 @@ class HfConfig:
 
     def wrong(self, key: str, problem: str) -> ModelError:
         """The error for a value that no model could have."""
-        return ModelError(f"{self.where}: {key} {problem}")
+        return ModelError(f"{self.where}: {self.aliases.get(key, key)} {problem}")
 
     def unsupported(self, key: str, value: object, supported: str) -> UnsupportedModelError:
         """The error for a value that some models have and Octavo does not serve."""
         return UnsupportedModelError(
-            f"{self.where}: {key} is {show(value)}, which is not supported; supported: {supported}"
+            f"{self.where}: {self.aliases.get(key, key)} is {show(value)}, which is not supported; "
+            f"supported: {supported}"
         )
 
     def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise ModelError(f"{self.where}: {key} is missing")
+            raise ModelError(f"{self.where}: {self.aliases.get(key, key)} is missing")
         return default
 
 

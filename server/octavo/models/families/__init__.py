@@ -1,0 +1,1 @@
+"""One file a family: config translator, and names of the tensors."""
