@@ -48,6 +48,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     scheduling_policy: str = "fcfs"
     enable_prefix_caching: bool = True
+    target_itl_ms: float | None = None
     seed: int = 0
     num_threads: int | None = None
 
@@ -217,6 +218,12 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         default=True,
         help="keep the KV blocks of ended requests for those that begin with the same tokens",
     )
+    add(
+        "--target-itl-ms",
+        type=float,
+        metavar="MS",
+        help="time between two tokens of a stream that chunks of prompts are sized to keep",
+    )
 
 
 def reject_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -247,6 +254,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_num_batched_tokens=args.max_num_batched_tokens,
         scheduling_policy=args.scheduling_policy,
         enable_prefix_caching=args.enable_prefix_caching,
+        target_itl_ms=args.target_itl_ms,
         seed=args.seed,
         num_threads=cpu_limit() if args.num_threads is None else args.num_threads,
     )
@@ -349,6 +357,7 @@ def _validate_engine(config: EngineConfig) -> None:
     _within("max-model-len", config.max_model_len, 2, 2**24)
     _within("max-num-seqs", config.max_num_seqs, 1, 65536)
     _within("max-num-batched-tokens", config.max_num_batched_tokens, 1, 2**20)
+    _within("target-itl-ms", config.target_itl_ms, 0.1, 60_000)
     _within("seed", config.seed, -(2**63), 2**63 - 1)
     _within("num-threads", config.num_threads, 1, 1024)
 

@@ -267,6 +267,39 @@ def test_first_tokens_come_in_order_of_arrival():
     assert firsts == [str(i) for i in range(20)]
 
 
+def test_waiting_makes_up_for_a_lower_priority():
+    engine = scheduler(seqs=1, policy="priority")
+    arrivals = [("low", 5, 0), ("late", 4, 29), ("later", 4, 31), ("urgent", -5, 31)]
+    for name, priority, now in arrivals:
+        engine.add(name, [5], params(1), priority=priority, now=float(now))
+    _, updates = run_dry(engine)
+    assert [u.request_id for u in updates] == ["urgent", "late", "low", "later"]
+
+
+def test_who_loses_least_is_preempted():
+    engine = scheduler(blocks=11, block_size=4)
+    engine.output_lengths.mean = 0
+    # To compute again: b 5 tokens for 2 blocks, c 12 for 3. So b goes, though c came later.
+    for name, length in (("a", 23), ("b", 5), ("c", 12)):
+        engine.add(name, [5] * length, params(20))
+    preempted = []
+    while not preempted:
+        preempted += step(engine)[0].preempted
+    assert preempted == [1]
+    assert [s.request_id for s in engine.running] == ["a", "c"]
+
+
+def test_a_given_budget_bounds_the_step_but_never_those_who_run():
+    engine = scheduler(budget=32)
+    for name in "abc":
+        engine.add(name, [5] * 4, params(9))
+    step(engine)
+    engine.add("d", [5] * 20, params(9))
+    assert engine.plan(10).num_tokens == 10
+    assert engine.plan(1).num_tokens == 4
+    assert engine.plan(99).num_tokens == 32 - 9
+
+
 def test_priority_goes_first_but_does_not_interrupt():
     engine = scheduler(seqs=1, policy="priority")
     for name, priority in (("run", 5), ("low", 5), ("high", -1), ("mid", 0)):

@@ -29,7 +29,8 @@ def test_every_flag_reaches_its_field():
         "--dtype float32 --block-size 8 --num-kv-blocks 64 --gpu-memory-utilization 0.5 "
         "--max-model-len 128 --max-num-seqs 4 --max-num-batched-tokens 32 --seed 7 "
         "--scheduling-policy priority --drain-timeout 3 --startup-stall-timeout 5 --max-queue 9 "
-        "--chat-template x.jinja --source path --num-threads 3 --no-enable-prefix-caching"
+        "--chat-template x.jinja --source path --num-threads 3 --no-enable-prefix-caching "
+        "--target-itl-ms 40"
     )
     config = parse_serve_args(flags.split())
     assert config.engine == EngineConfig(
@@ -45,6 +46,7 @@ def test_every_flag_reaches_its_field():
         max_num_batched_tokens=32,
         scheduling_policy="priority",
         enable_prefix_caching=False,
+        target_itl_ms=40,
         seed=7,
         num_threads=3,
     )

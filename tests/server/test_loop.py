@@ -32,13 +32,13 @@ def timed(runner_type, time, seconds):
     return Timed
 
 
-def make(runner_type=FakeRunner, *, time=None, blocks=16, seconds=0.1):
+def make(runner_type=FakeRunner, *, time=None, blocks=16, seconds=0.1, budget=16, context=64):
     time = time or Time()
     limits = Limits(
         block_size=4,
-        max_model_len=64,
+        max_model_len=context,
         max_num_seqs=8,
-        max_num_batched_tokens=16,
+        max_num_batched_tokens=budget,
         vocab_size=97,
         eos_token_ids=frozenset({3}),
     )
@@ -181,3 +181,36 @@ def test_utilization_counts_only_blocks_in_use_and_preemptions_are_told():
         peak = max(peak, load.kv_utilization)
     assert peak == 1.0
     assert loop.load().preemptions > 0
+
+
+def longest_gap(target_itl_s):
+    """The longest step while one stream decodes and long prompts come; 10 ms and 1 ms a token."""
+    time = Time()
+
+    taken = []
+
+    class Linear(FakeRunner):
+        def execute(self, plan):
+            seconds = 0.010 + 0.001 * plan.num_tokens
+            time.now += seconds
+            taken.append(seconds)
+            return super().execute(plan)
+
+    loop = make(Linear, time=time, blocks=400, seconds=0, budget=200, context=512)
+    loop._target_itl_s = target_itl_s
+    loop.add(request("warm", [5] * 90, max_tokens=12))
+    run_dry(loop)
+    loop.add(request("stream", [5] * 4, max_tokens=200))
+    loop.step()
+    taken.clear()
+    for i in range(4):
+        loop.add(request(f"long{i}", [7 + i] * 300, max_tokens=2))
+    assert len([o for o in run_dry(loop) if o.finish_reason]) == 5
+    return max(taken)
+
+
+def test_chunks_are_sized_to_keep_the_inter_token_target():
+    assert longest_gap(None) == pytest.approx(0.21)
+    assert 0.04 < longest_gap(0.06) <= 0.0601
+    # A target that cannot be met: prompts still move on, by the smallest chunk.
+    assert longest_gap(0.001) <= 0.010 + 0.001 * (16 + 5)

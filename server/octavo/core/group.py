@@ -39,6 +39,14 @@ class Group:
         return prompt + sum(len(branch.tokens) - prompt for branch in self.branches)
 
     @property
+    def num_computed(self) -> int:
+        """Tokens in the cache, which it would take as many to compute again; the prompt once."""
+        prompt = self.lead.num_prompt_tokens
+        longest = max(branch.computed for branch in self.branches)
+        own = sum(max(0, branch.computed - prompt) for branch in self.branches)
+        return min(longest, prompt) + own
+
+    @property
     def remaining(self) -> int:
         """Tokens that may still be drawn."""
         return sum(branch.remaining for branch in self.branches)

@@ -29,12 +29,20 @@ class FcfsPolicy:
         return (sequence.arrival,)
 
 
+# So much waiting makes up for a priority one higher.
+AGEING_S = 30.0
+
+
 class PriorityPolicy:
-    """Lowest `priority` value first; equal priorities in order of arrival."""
+    """Lowest `priority` value first, with ageing; equal priorities in order of arrival.
+
+    All that wait grow older at one pace, so that their order follows from when they came: nobody
+    waits for ever behind a stream of more important ones, and no key needs to change.
+    """
 
     def sort_key(self, sequence: Sequence) -> tuple[float, ...]:
-        """Priority, then order of arrival."""
-        return (sequence.priority, sequence.arrival)
+        """Time of arrival, later by so much for each step of priority; then order of arrival."""
+        return (sequence.arrival_time + AGEING_S * sequence.priority, sequence.arrival)
 
 
 class UnknownPolicyError(ValueError):

@@ -6,9 +6,11 @@ Invariants, in reading order:
   last admitted, so at most the last one is between two chunks of its prompt, and every other gets
   a token for each branch in each step. One is admitted only when all that run left a token for each
   of its branches, so never more run than a step has tokens for.
-- A group takes blocks from those admitted after it, never from those before it; the last one has
-  nobody to take from and waits, keeping its blocks. So the first always moves on, and whatever was
-  accepted fits into the pool alone: there is no deadlock and no livelock.
+- A group takes blocks from those admitted after it, never from those before it, and first from the
+  one that loses least by it. The last one has nobody to take from and waits, keeping its blocks. So
+  the first always moves on, and whatever was accepted fits into the pool alone: there is no
+  deadlock. Who was preempted keeps its place in the queue, before all who came later, and can only
+  be preempted again by those who run already: there is no livelock.
 - Tokens are recorded once. A preempted group runs its recorded tokens again, in chunks like a
   prompt, and draws on from where it was.
 - A block that more than one table holds is not written: its writer takes a copy.
@@ -16,6 +18,8 @@ Invariants, in reading order:
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -134,13 +138,17 @@ class Scheduler:
 
     # Plan.
 
-    def plan(self) -> StepPlan:
-        """Choose the next step's tokens and give them blocks."""
-        draft = _Draft(self.limits.max_num_batched_tokens)
+    def plan(self, budget: int | None = None) -> StepPlan:
+        """Choose the next step's tokens and give them blocks.
+
+        At most `budget` tokens where it is given, but always one for each running sequence.
+        """
+        most = self.limits.max_num_batched_tokens
+        draft = _Draft(most if budget is None else min(most, max(budget, self.num_running)))
         complete = True
         for group in tuple(self._running.values()):
             if group.arrival not in self._running:
-                break  # preempted for one before it, as were all after it
+                continue  # preempted for one before it
             complete = self._continue(group, draft)
             if not complete:
                 break
@@ -245,8 +253,8 @@ class Scheduler:
         if need <= 0:
             return True
         while self.pool.num_free < need:
-            victim = self._running[next(reversed(self._running))]
-            if victim is group:
+            victim = self._victim(group)
+            if victim is None:
                 return False
             draft.preempted += self._preempt(victim)
         blocks = self.pool.allocate(need)
@@ -258,6 +266,24 @@ class Scheduler:
         # A new list where others may have been given the old one.
         sequence.block_table = table + blocks
         return True
+
+    def _victim(self, group: Group) -> Group | None:
+        """Of the groups admitted after this one, that whose blocks cost least to compute again.
+
+        The last admitted among equals; None when this is the last.
+        """
+        later: list[Group] = []
+        for other in reversed(self._running.values()):
+            if other is group:
+                break
+            later.append(other)
+        return min(later, key=self._cost_of_a_block, default=None)
+
+    def _cost_of_a_block(self, group: Group) -> float:
+        """Tokens to be computed again for each block that its preemption would free."""
+        held = Counter(block for branch in group.branches for block in branch.block_table)
+        freed = sum(1 for block, n in held.items() if self.pool.references(block) == n)
+        return group.num_computed / freed if freed else math.inf
 
     def _must_copy(self, sequence: Sequence) -> bool:
         """True when the block that its next token is written to is in another table too."""

@@ -12,8 +12,12 @@ from octavo.core import forecast
 from octavo.core.request import RequestError
 from octavo.core.scheduler import Scheduler, SequenceUpdate
 from octavo.core.step import StepPlan, StepResult
+from octavo.core.step_time import StepTimeModel
 from octavo.logprobs import TokenLogprobs
 from octavo.params import MAX_N, ParameterError, SamplingParams
+
+# Prompt tokens that a step always has room for, whatever the inter-token target.
+MIN_CHUNK = 16
 
 
 class StepRunner(Protocol):
@@ -44,12 +48,19 @@ class EngineLoop:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: StepRunner, clock: Clock | None = None
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        clock: Clock | None = None,
+        *,
+        target_itl_s: float | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._clock = clock or Clock()
         self._rates = forecast.StepRates()
+        self._step_time = StepTimeModel()
+        self._target_itl_s = target_itl_s
         self._outbox: list[wire.TokenOutput] = []
         # Of prompts that are still being computed, by seq_id; they leave with the first token.
         self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -98,18 +109,32 @@ class EngineLoop:
         return outputs
 
     def _run(self) -> list[wire.TokenOutput]:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._budget())
         begin = self._clock.monotonic()
         result = self._runner.execute(plan)
         seconds = self._clock.monotonic() - begin
         expected = sum(share.samples for share in plan.sequences)
         if len(result.tokens) != expected:
             raise RunnerError(f"the step drew {len(result.tokens)} tokens for {expected} sequences")
+        context = sum(share.start for share in plan.sequences)
+        self._step_time.observe(plan.num_tokens, context, seconds)
         self._rates.observe(plan, self.scheduler.limits.max_num_batched_tokens, seconds)
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(plan, result)
         updates = self.scheduler.commit(plan, result.tokens)
         return [self._with_logprobs(update, result) for update in updates]
+
+    def _budget(self) -> int | None:
+        """Tokens that keep the step within the inter-token target, while anybody would notice.
+
+        Always enough for a small chunk, so that prompts move on where the target cannot be met.
+        """
+        running = self.scheduler.running
+        if self._target_itl_s is None or not any(sequence.decoding for sequence in running):
+            return None
+        context = sum(sequence.computed for sequence in running)
+        tokens = self._step_time.tokens_within(self._target_itl_s, context)
+        return None if tokens is None else max(tokens, self.scheduler.num_running + MIN_CHUNK)
 
     def _keep_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
         for share in plan.sequences:

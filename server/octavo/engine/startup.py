@@ -119,7 +119,8 @@ def start(
         dtype=runner.dtype_name,
         kv_bytes_per_block=runner.kv_bytes_per_block,
     )
-    return EngineLoop(scheduler, runner), ready
+    target_itl_s = None if config.target_itl_ms is None else config.target_itl_ms / 1000
+    return EngineLoop(scheduler, runner, target_itl_s=target_itl_s), ready
 
 
 def _load_attribute(spec: str) -> Callable[..., ModelRunner]:
