@@ -46,7 +46,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     `stop_token_id` is the id that ended it when that was an EOS or a stop token id (it is not part
     of `token_ids`). `error` is set when `finish_reason` is error. `logprobs` is parallel to
     `token_ids`, and None unless asked for; `prompt_logprobs` comes once, with the first token, and
-    holds the prompt's tokens from the second on.
+    holds the prompt's tokens from the second on. With a `stop_token_id`, `logprobs` has its entry
+    too, last. `refused` says that an error is the request's own fault.
     """
 
     request_id: str
@@ -58,6 +59,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     index: int = 0
+    refused: bool = False
 
 
 class Outputs(msgspec.Struct, tag="out", frozen=True):

@@ -120,6 +120,8 @@ WRONG_FIELDS = [
     ("allowed_token_ids", [4096]), ("allowed_token_ids", [1] * 2000), ("bad_words", "x"),
     ("bad_words", [""]), ("bad_words", [5]), ("bad_words", ["a"] * 200), ("prompt_logprobs", -1),
     ("prompt_logprobs", 21), ("prompt_logprobs", 10**18), ("prompt_logprobs", True),
+    ("n", 0), ("n", -1), ("n", 9), ("n", 10**18), ("n", True), ("n", "2"), ("priority", 1),
+    ("priority", 2**31), ("priority", "high"), ("cache_salt", 5), ("cache_salt", "a" * 257),
     ("include_stop_str_in_output", "yes"), ("skip_special_tokens", 0),
 ]  # fmt: skip
 
@@ -136,14 +138,14 @@ def test_a_wrong_field_is_named(server: ApiServer, path: str, field: str, value:
     ("path", "field", "value"),
     [
         *((CHAT, *pair) for pair in [
-            ("n", 2), ("n", 10**18), ("n", True), ("echo", True),
+            ("best_of", 2), ("echo", True),
             ("tools", [{"type": "function"}]), ("tool_choice", "required"),
             ("response_format", {"type": "json_object"}), ("functions", [{}]),
             ("chat_template", "x"), ("continue_final_message", True), ("guided_json", {}),
             ("modalities", ["audio"]),
         ]),
         *((TEXT, *pair) for pair in [
-            ("n", 3), ("best_of", 2), ("suffix", "x"), ("use_beam_search", True),
+            ("best_of", 2), ("suffix", "x"), ("use_beam_search", True),
             ("structured_outputs", {"regex": "a"}),
         ]),
     ],

@@ -1,8 +1,8 @@
 """An engine process without a model: it speaks the wire protocol and repeats each prompt.
 
-Output token n of a request is prompt token n modulo the prompt's length, so a test knows every
-answer; so it does every log-probability. Faults are injected by flags; every message received goes
-to a journal.
+Output token n of a request's sample s is prompt token n + s modulo the prompt's length, so a test
+knows every answer; so it does every log-probability. Faults are injected by flags; every message
+received goes to a journal.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ EOS = 3  # the tiny model's <|im_end|>
 
 @dataclass
 class Running:
-    """One request."""
+    """One sample of a request."""
 
     request: wire.AddRequest
+    index: int
     output: list[int] = field(default_factory=list)
 
 
@@ -51,7 +52,7 @@ class FakeEngine:
         self.events = context.socket(zmq.PUSH)
         self.events.setsockopt(zmq.LINGER, 1000)
         self.events.connect(f"ipc://{args.socket_dir}/events.sock")
-        self.running: dict[str, Running] = {}
+        self.running: dict[tuple[str, int], Running] = {}
         self.steps = self.generated = self.prompted = 0
         self.load_at = 0.0
 
@@ -93,9 +94,12 @@ class FakeEngine:
                 if isinstance(message, wire.Stop):
                     return
                 if isinstance(message, wire.AbortRequest):
-                    self.running.pop(message.request_id, None)
+                    for key in list(self.running):
+                        if key[0] == message.request_id and message.index in (None, key[1]):
+                            del self.running[key]
                 else:
-                    self.running[message.request_id] = Running(message)
+                    for index in range(message.params.branches):
+                        self.running[message.request_id, index] = Running(message, index)
                     self.prompted += len(message.prompt_token_ids)
             self.step()
             self.report()
@@ -125,28 +129,31 @@ class FakeEngine:
     def next_token(self, running: Running) -> wire.TokenOutput:
         request, params = running.request, running.request.params
         prompt, n = request.prompt_token_ids, len(running.output)
-        token = prompt[n % len(prompt)]
-        request_id = request.request_id
+        request_id, index = request.request_id, running.index
+        token = prompt[(n + index) % len(prompt)]
         if token == self.args.error_token:
-            del self.running[request_id]
-            return wire.TokenOutput(request_id, [], "error", error="a fault was injected")
+            del self.running[request_id, index]
+            return wire.TokenOutput(
+                request_id, [], "error", error="a fault was injected", index=index
+            )
         stops = (token == EOS and not params.ignore_eos) or token in params.stop_token_ids
         if stops and n >= params.min_tokens:
-            del self.running[request_id]
-            return wire.TokenOutput(request_id, [], "stop", stop_token_id=token)
+            del self.running[request_id, index]
+            return wire.TokenOutput(request_id, [], "stop", stop_token_id=token, index=index)
         running.output.append(token)
         reason = "length" if n + 1 == params.max_tokens else None
         if reason:
-            del self.running[request_id]
+            del self.running[request_id, index]
         asked, of_prompt = params.logprobs, params.prompt_logprobs
         return wire.TokenOutput(
             request_id,
             [token],
             reason,
             num_cached_tokens=0,
+            index=index,
             logprobs=None if asked is None else [logprobs(token, asked)],
             prompt_logprobs=None
-            if n or of_prompt is None
+            if n or index or of_prompt is None
             else [logprobs(t, of_prompt) for t in prompt[1:]],
         )
 

@@ -31,7 +31,7 @@ LINGER_MS = 500
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One output, whose it is (the index of the prompt) and when it came (monotonic seconds)."""
+    """One output, whose it is (the index of the choice) and when it came (monotonic seconds)."""
 
     index: int
     output: TokenOutput
@@ -58,11 +58,23 @@ class Mailbox:
         return arrivals
 
 
+@dataclass(slots=True)
+class _Owner:
+    """Who waits for a request's samples, and which of these are still to end.
+
+    Sample number s is choice number `first` + s.
+    """
+
+    mailbox: Mailbox
+    first: int
+    open: set[int]
+
+
 class EngineClient:
     """Both sockets and the table of requests that the engine holds.
 
-    An id leaves the table with its final output or its abort; outputs that come later are
-    dropped, so that an owner sees exactly one final output.
+    An id leaves the table with the final outputs of all its samples or with its abort; outputs
+    that come later are dropped, so that an owner sees exactly one final output for each sample.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +87,7 @@ class EngineClient:
         self._events = zmq.asyncio.Context.shadow(self._context).socket(zmq.PULL)
         self._events.setsockopt(zmq.RCVHWM, 0)
         self._events.bind(f"ipc://{folder / EVENTS_SOCKET}")
-        self._owners: dict[str, tuple[Mailbox, int]] = {}
+        self._owners: dict[str, _Owner] = {}
         self._gone: str | None = None
 
     @property
@@ -83,18 +95,29 @@ class EngineClient:
         """Requests sent and not yet finished."""
         return len(self._owners)
 
-    def submit(self, request: AddRequest, mailbox: Mailbox, index: int) -> None:
-        """Send a request; its outputs will arrive in `mailbox` under `index`."""
-        self._owners[request.request_id] = (mailbox, index)
+    def submit(self, request: AddRequest, mailbox: Mailbox, first: int) -> None:
+        """Send a request; its samples' outputs will arrive in `mailbox`, numbered from `first`."""
+        samples = set(range(request.params.branches))
+        self._owners[request.request_id] = _Owner(mailbox, first, samples)
         if self._gone is not None:
             self.fail_all(self._gone)
         else:
             self._send(request)
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request and tell the engine to free its blocks; unknown ids do nothing."""
-        if self._owners.pop(request_id, None) is not None:
-            self._send(AbortRequest(request_id))
+    def abort(self, request_id: str, sample: int) -> None:
+        """Forget a sample and tell the engine to free its blocks; unknown ones do nothing."""
+        if self._ends(request_id, sample):
+            self._send(AbortRequest(request_id, sample))
+
+    def _ends(self, request_id: str, sample: int) -> bool:
+        """Take a sample out of the table; False if it is not there."""
+        owner = self._owners.get(request_id)
+        if owner is None or sample not in owner.open:
+            return False
+        owner.open.remove(sample)
+        if not owner.open:
+            del self._owners[request_id]
+        return True
 
     def stop(self) -> None:
         """Ask the engine process to end."""
@@ -104,9 +127,10 @@ class EngineClient:
         """End every request, also those still to come, with an error: the engine is gone."""
         self._gone = message
         now = time.monotonic()
-        for request_id, (mailbox, index) in list(self._owners.items()):
-            output = TokenOutput(request_id, [], finish_reason="error", error=message)
-            mailbox.put(Arrival(index, output, now))
+        for request_id, owner in list(self._owners.items()):
+            for sample in sorted(owner.open):
+                output = TokenOutput(request_id, [], "error", error=message, index=sample)
+                owner.mailbox.put(Arrival(owner.first + sample, output, now))
         self._owners.clear()
 
     async def messages(self) -> AsyncIterator[ToApi]:
@@ -129,12 +153,11 @@ class EngineClient:
     def _deliver(self, message: Outputs, now: float) -> None:
         for output in message.outputs:
             owner = self._owners.get(output.request_id)
-            if owner is None:
+            if owner is None or output.index not in owner.open:
                 continue
             if output.finish_reason is not None:
-                del self._owners[output.request_id]
-            mailbox, index = owner
-            mailbox.put(Arrival(index, output, now))
+                self._ends(output.request_id, output.index)
+            owner.mailbox.put(Arrival(owner.first + output.index, output, now))
 
     def _send(self, message: ToEngine) -> None:
         try:

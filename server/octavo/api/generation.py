@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from octavo.api.engine_client import Arrival, EngineClient, Mailbox
-from octavo.api.errors import engine_error
+from octavo.api.errors import ApiError, engine_error
 from octavo.api.logprobs import PlacedLogprobs
 from octavo.logprobs import TokenLogprobs
 from octavo.metrics import Metrics
@@ -63,6 +63,8 @@ class Prompt:
     echo: str | None = None
     echo_only: bool = False
     shows_prompt_logprobs: bool = False
+    priority: int = 0
+    cache_salt: str = ""
 
 
 class Choice:
@@ -80,6 +82,7 @@ class Choice:
             prompt.token_ids, skip_special=params.skip_special_tokens
         )
         self._stop = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        self.of_prompt: list[TokenLogprobs] = []  # set before the first output is fed
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._begun = False
         self._chars = 0  # characters of the whole text so far, the echoed prompt included
@@ -88,7 +91,7 @@ class Choice:
     def feed(self, output: TokenOutput) -> Delta | None:
         """Take an output of the engine; None when no text is certain yet."""
         self.usage.cached_tokens = max(self.usage.cached_tokens, output.num_cached_tokens)
-        text = "" if self._begun else self._begin(output)
+        text = "" if self._begun else self._begin()
         if self._prompt.echo_only:
             return self._finish(text, "length", None) if output.finish_reason else None
         for place, token_id in enumerate(output.token_ids):
@@ -102,15 +105,15 @@ class Choice:
             return self._delta(text) if text else None
         return self._end(text, output)
 
-    def _begin(self, output: TokenOutput) -> str:
+    def _begin(self) -> str:
         """What comes before the first token: the prompt, where it is to be echoed."""
         self._begun = True
         if self._prompt.shows_prompt_logprobs:
-            self.prompt_logprobs = output.prompt_logprobs or []
+            self.prompt_logprobs = self.of_prompt
         if self._prompt.echo is None:
             return ""
         if self._params.logprobs is not None:
-            self._place_prompt(output.prompt_logprobs or [])
+            self._place_prompt(self.of_prompt)
         self._chars = len(self._prompt.echo)
         return self._prompt.echo
 
@@ -159,13 +162,17 @@ class Choice:
 
 @dataclass(slots=True)
 class Generation:
-    """The sequences of one HTTP request. `close` must be called, however the request ends."""
+    """The sequences of one HTTP request: of each prompt, one after another, its samples.
+
+    `close` must be called, however the request ends.
+    """
 
     request_id: str
     choices: list[Choice]
     engine: EngineClient
     metrics: Metrics
     on_close: Callable[[float], None]
+    samples: int = 1
     mailbox: Mailbox = field(default_factory=Mailbox)
     started: float = field(default_factory=time.monotonic)
     _last: dict[int, float] = field(default_factory=dict)
@@ -174,8 +181,14 @@ class Generation:
     def submit(self, prompts: list[Prompt]) -> None:
         """Send every sequence to the engine."""
         for index, prompt in enumerate(prompts):
-            request = AddRequest(self._engine_id(index), prompt.token_ids, prompt.params)
-            self.engine.submit(request, self.mailbox, index)
+            request = AddRequest(
+                f"{self.request_id}-{index}",
+                prompt.token_ids,
+                prompt.params,
+                prompt.priority,
+                prompt.cache_salt,
+            )
+            self.engine.submit(request, self.mailbox, index * self.samples)
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """New text until every choice is finished; raises `ApiError` when the engine fails."""
@@ -185,11 +198,12 @@ class Generation:
                 yield _merged(deltas)
 
     def usage(self) -> Usage:
-        """Counts over all choices."""
+        """Counts over all choices; a prompt counts once, whatever its samples."""
+        prompts = self.choices[:: self.samples]
         return Usage(
-            sum(c.usage.prompt_tokens for c in self.choices),
+            sum(c.usage.prompt_tokens for c in prompts),
             sum(c.usage.completion_tokens for c in self.choices),
-            sum(c.usage.cached_tokens for c in self.choices),
+            sum(c.usage.cached_tokens for c in prompts),
         )
 
     def close(self) -> None:
@@ -199,12 +213,13 @@ class Generation:
         self._closed = True
         for choice in self.choices:
             if not choice.finished:
-                self.engine.abort(self._engine_id(choice.index))
+                self._abort(choice)
                 self.metrics.on_finished("abort", choice.usage.prompt_tokens, 0, None)
         self.on_close(time.monotonic() - self.started)
 
-    def _engine_id(self, index: int) -> str:
-        return f"{self.request_id}-{index}"
+    def _abort(self, choice: Choice) -> None:
+        prompt, sample = divmod(choice.index, self.samples)
+        self.engine.abort(f"{self.request_id}-{prompt}", sample)
 
     def _accept(self, arrival: Arrival) -> Delta | None:
         choice = self.choices[arrival.index]
@@ -215,11 +230,17 @@ class Generation:
         if output.finish_reason in ("error", "abort"):
             choice.finished = True
             self.metrics.on_finished(output.finish_reason, choice.usage.prompt_tokens, 0, None)
+            if output.refused:
+                raise ApiError(400, output.error or "the engine refuses the request")
             raise engine_error(output.error or "the engine gave the request up")
+        if output.prompt_logprobs is not None:  # with the first sample, for all of the prompt
+            first = choice.index - choice.index % self.samples
+            for sibling in self.choices[first : first + self.samples]:
+                sibling.of_prompt = output.prompt_logprobs
         delta = choice.feed(output)
         if delta is not None and delta.finish_reason is not None:
             if output.finish_reason is None:  # a stop string: the engine does not know it
-                self.engine.abort(self._engine_id(choice.index))
+                self._abort(choice)
             usage = choice.usage
             self.metrics.on_finished(
                 delta.finish_reason,
@@ -236,7 +257,8 @@ class Generation:
             return
         last = self._last.get(choice.index)
         if last is None:
-            self.metrics.on_first_token(choice.usage.prompt_tokens, arrival.at - self.started)
+            counted = choice.usage.prompt_tokens if choice.index % self.samples == 0 else 0
+            self.metrics.on_first_token(counted, arrival.at - self.started)
         else:
             self.metrics.on_gap((arrival.at - last) / count)
         self.metrics.on_tokens(count)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from octavo.api.errors import ApiError
 from octavo.api.limits import MAX_JSON_DEPTH, MAX_MESSAGES, MAX_PROMPTS
-from octavo.params import MAX_LOGPROBS, ParameterError, SamplingParams
+from octavo.params import MAX_LOGPROBS, MAX_N, ParameterError, SamplingParams
 from octavo.text.template import Message
 
 # Each field with the values that ask for nothing; any other value is refused by name.
 _UNSUPPORTED_BOTH: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
@@ -27,7 +26,6 @@ _UNSUPPORTED_BOTH: Mapping[str, tuple[object, ...]] = {
     "guided_grammar": (),
     "truncate_prompt_tokens": (),
     "return_token_ids": (False,),
-    "priority": (0,),
 }
 _UNSUPPORTED_CHAT: Mapping[str, tuple[object, ...]] = {
     **_UNSUPPORTED_BOTH,
@@ -52,7 +50,7 @@ _UNSUPPORTED_COMPLETION: Mapping[str, tuple[object, ...]] = {
 }
 # Fields whose values the engine takes as they are.
 _SAMPLING = (
-    "min_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty",
+    "n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words",
     "seed", "stop", "stop_token_ids", "ignore_eos", "prompt_logprobs",
     "include_stop_str_in_output", "skip_special_tokens",
@@ -85,6 +83,9 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    n: int | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     min_p: float | None = None
     typical_p: float | None = None
     presence_penalty: float | None = None
@@ -106,6 +107,13 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     def asked_logprobs(self) -> int | None:
         """How many of the most probable tokens are to be told beside each token."""
         return None
+
+    def samples(self, most: int) -> int:
+        """How many answers to each prompt; they run together, so at most as many as may run."""
+        n, most = 1 if self.n is None else self.n, min(most, MAX_N)
+        if not 1 <= n <= most:
+            raise ApiError(400, f"n must be in 1..{most}, got {n}", param="n")
+        return n
 
     @property
     def echoes(self) -> bool:

@@ -134,12 +134,16 @@ class Serving:
         encode: Callable[[], list[list[int]]],
     ) -> Generation:
         engine, text = self.require_serving()
+        samples = body.samples(engine.max_num_seqs)
+        self._check_priority(body)
+        count *= samples
         self._enter(count, engine)
         try:
             loop = asyncio.get_running_loop()
             encoded = await loop.run_in_executor(self._encoding, encode)
             prompts = [_prompt(ids, body, engine, text, field) for ids in encoded]
-            choices = [Choice(i, p, text.tokenizer) for i, p in enumerate(prompts)]
+            each = [prompt for prompt in prompts for _ in range(samples)]
+            choices = [Choice(i, p, text.tokenizer) for i, p in enumerate(each)]
         except BaseException:
             self._leave(count, None)
             raise
@@ -149,10 +153,17 @@ class Serving:
             self.engine,
             self.metrics,
             on_close=lambda seconds: self._leave(count, seconds),
+            samples=samples,
         )
         generation.submit(prompts)
         self.lifecycle.on_in_flight(self.engine.in_flight)
         return generation
+
+    def _check_priority(self, body: SamplingBody) -> None:
+        if body.priority and self.config.engine.scheduling_policy != "priority":
+            raise ApiError(
+                400, "priority needs a server with --scheduling-policy priority", param="priority"
+            )
 
     def _enter(self, count: int, engine: Ready) -> None:
         if self.admission.enter(count):
@@ -222,6 +233,8 @@ def _prompt(
         echo=text.tokenizer.decode(ids) if body.echoes else None,
         echo_only=echo_only,
         shows_prompt_logprobs=body.prompt_logprobs is not None,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
     )
 
 

@@ -85,7 +85,9 @@ class EngineLoop:
             )
         except (RequestError, ParameterError) as error:
             self._outbox += [
-                wire.TokenOutput(request.request_id, [], "error", error=str(error), index=index)
+                wire.TokenOutput(
+                    request.request_id, [], "error", error=str(error), index=index, refused=True
+                )
                 for index in range(_samples(request.params))
             ]
 
