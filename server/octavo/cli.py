@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from octavo import __version__
 from octavo.config import (
     Parser,
+    add_plan_arguments,
     add_serve_arguments,
+    check_plan_arguments,
     reject_unknown,
     serve_config,
     termination_log,
 )
-from octavo.errors import ConfigError, ExitCode
+from octavo.errors import ExitCode, OctavoError
+from octavo.ledger import GPU_MIB, Request, as_text, make_ledger, remedies
+from octavo.model_shape import read_shape
+from octavo.plan import DTYPE_BYTES, GIB, MIB, weights_bytes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible API")
     add_serve_arguments(serve)
     serve.set_defaults(run=_serve, parser=serve)
+    plan = commands.add_parser("plan", help="say whether a model fits on a GPU, from its headers")
+    add_plan_arguments(plan, sorted(GPU_MIB))
+    plan.set_defaults(run=_plan, parser=plan)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version, parser=version)
     return parser
@@ -34,6 +44,33 @@ def _serve(args: argparse.Namespace) -> int:
     from octavo.api.server import serve  # heavy: the web stack
 
     return serve(config)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    check_plan_arguments(args)
+    folder = Path(args.model)
+    shape = read_shape(folder)
+    weights = {
+        dtype: weights_bytes(folder, dtype, tied=shape.tied_embeddings) for dtype in DTYPE_BYTES
+    }
+    request = Request(
+        total_bytes=GPU_MIB[args.gpu] * MIB if args.gpu else int(args.gpu_memory * GIB),
+        dtype=shape.dtype if args.dtype == "auto" else args.dtype,
+        max_model_len=args.max_model_len or shape.max_positions,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        block_size=args.block_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    ledger = make_ledger(shape, weights[request.dtype], request)
+    ways = [] if ledger.fits else list(remedies(shape, weights, request))
+    if args.json:
+        print(json.dumps({**ledger.as_json(), "dtype": request.dtype, "would_fit_with": ways}))
+    else:
+        device = args.gpu or f"{args.gpu_memory:g} GiB"
+        title = f"{args.model} ({shape.architecture}, {request.dtype}) on {device}"
+        print(as_text(title, ledger, ways))
+    return ExitCode.OK if ledger.fits else ExitCode.CONFIG
 
 
 def _version(_: argparse.Namespace) -> int:
@@ -47,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = build_parser().parse_known_args(argv)
         reject_unknown(unknown, args.parser)
         code: int = args.run(args)
-    except ConfigError as error:
+    except OctavoError as error:
         return _refuse(str(error))
     return code
 

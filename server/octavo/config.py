@@ -226,6 +226,32 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_plan_arguments(parser: argparse.ArgumentParser, gpus: Sequence[str]) -> None:
+    """Declare the flags of `octavo plan`; those shared with `octavo serve` mean the same."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model folder: config and safetensors headers are read")
+    device = parser.add_mutually_exclusive_group(required=True)
+    device.add_argument("--gpu", choices=gpus, help="a device by name")
+    device.add_argument("--gpu-memory", type=float, metavar="GIB", help="a device by its memory")
+    add("--dtype", choices=DTYPES, default="auto", help="default: the model's")
+    add("--max-model-len", type=int, metavar="TOKENS", help="default: the model's")
+    add("--max-num-seqs", type=int, default=256, metavar="N", help="default %(default)s")
+    add("--max-num-batched-tokens", type=int, default=2048, metavar="N")
+    add("--block-size", type=int, default=16, metavar="TOKENS", help="default %(default)s")
+    add("--gpu-memory-utilization", type=float, default=0.90, metavar="RATIO")
+    add("--json", action="store_true", help="print JSON")
+
+
+def check_plan_arguments(args: argparse.Namespace) -> None:
+    """Raise a `ConfigError` for a value that the server would refuse too."""
+    _within("gpu-memory", args.gpu_memory, 0.1, 1e6)
+    _within("block-size", args.block_size, 1, 256)
+    _within("gpu-memory-utilization", args.gpu_memory_utilization, 0.01, 1)
+    _within("max-model-len", args.max_model_len, 2, 2**24)
+    _within("max-num-seqs", args.max_num_seqs, 1, 65536)
+    _within("max-num-batched-tokens", args.max_num_batched_tokens, 1, 2**20)
+
+
 def reject_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Raise a `ConfigError` that names the first unknown flag and the nearest known one."""
     if not unknown:

@@ -5,6 +5,7 @@ Standard library only; the operator may import this module and nothing else of t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,17 +65,29 @@ def num_blocks(available_bytes: int, shape: KvShape, block_size: int, max_model_
     return fitting
 
 
-def weights_bytes(folder: Path, dtype: str | None = None) -> int:
-    """Bytes of the checkpoint's tensors, as stored or once loaded as `dtype`."""
+# Tensors that a checkpoint may carry and that are not loaded; the output matrix only when it is
+# the embedding once more.
+IDLE_TENSORS = (
+    "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
+    ".attention.masked_bias",
+)  # fmt: skip
+OUTPUT_MATRIX = "lm_head.weight"
+
+
+def weights_bytes(folder: Path, dtype: str | None = None, *, tied: bool = False) -> int:
+    """Bytes of the checkpoint's tensors, as stored or once loaded as `dtype`.
+
+    `tied` says that the model uses its embedding as output matrix.
+    """
+    idle = (*IDLE_TENSORS, OUTPUT_MATRIX) if tied else IDLE_TENSORS
     total = 0
-    for entry in read_checkpoint(folder).values():
+    for name, entry in read_checkpoint(folder).items():
+        if name.endswith(idle):
+            continue
         if dtype is None:
             total += entry.num_bytes
         else:
-            elements = 1
-            for size in entry.shape:
-                elements *= size
-            total += elements * DTYPE_BYTES[dtype]
+            total += math.prod(entry.shape) * DTYPE_BYTES[dtype]
     return total
 
 

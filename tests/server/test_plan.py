@@ -71,7 +71,7 @@ def test_a_device_pool_leaves_the_rest_of_the_device_alone() -> None:
 
 def test_the_plan_needs_only_the_standard_library() -> None:
     program = (
-        "import sys; import octavo.plan; "
+        "import sys; import octavo.plan, octavo.ledger; "
         "heavy = {'torch', 'numpy', 'msgspec', 'transformers'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -1,0 +1,167 @@
+"""The memory ledger of a model on a device: what takes how much, whether it fits, what would.
+
+Standard library only. Weights and KV blocks are exact; activations and workspace are estimates
+from above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from octavo.model_shape import ModelShape
+from octavo.plan import DTYPE_BYTES, GIB, MIB, KvShape, blocks_for_tokens, kv_bytes_per_block
+
+# What the driver reports as a device's total, in MiB.
+GPU_MIB = {
+    "a10": 23028, "a100-40": 40960, "a100-80": 81920, "b200": 183359, "h100": 81559,
+    "h100-nvl": 95830, "h200": 143771, "l4": 23034, "l40s": 46068, "rtx-3090": 24576,
+    "rtx-4090": 24564, "t4": 15360, "v100-16": 16384, "v100-32": 32768,
+}  # fmt: skip
+
+# The driver's context, loaded kernels, the matrix library's scratch memory.
+WORKSPACE_BYTES = 640 * MIB
+# No device path captures graphs yet.
+GRAPH_BYTES = 0
+# A row of logits: as the matrix product gives it, in float32, and sorted with its indices.
+LOGIT_BYTES = 4 + 4 + 8
+
+
+@dataclass(slots=True, frozen=True)
+class Request:
+    """A device and the settings to plan for; names are those of the server's flags."""
+
+    total_bytes: int
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.90
+
+
+@dataclass(slots=True, frozen=True)
+class Ledger:
+    """Bytes by purpose. `num_blocks` is 0 when nothing is left for the KV cache."""
+
+    total_bytes: int
+    usable_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+    graph_bytes: int
+    kv_bytes: int
+    bytes_per_block: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    full_length_sequences: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether at least one sequence of the longest length can run."""
+        return self.full_length_sequences > 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure, and the verdict."""
+        return {**asdict(self), "fits": self.fits}
+
+
+def make_ledger(shape: ModelShape, weights_bytes: int, request: Request) -> Ledger:
+    """Add up what the model takes and divide the rest into blocks."""
+    kv = KvShape(shape.num_layers, shape.num_kv_heads, shape.head_dim, request.dtype)
+    per_block = kv_bytes_per_block(kv, request.block_size)
+    usable = int(request.total_bytes * request.gpu_memory_utilization)
+    activations = activation_bytes(shape, request)
+    left = usable - weights_bytes - activations - WORKSPACE_BYTES - GRAPH_BYTES
+    blocks = max(0, left // per_block - 1)  # one is the null block
+    longest = blocks_for_tokens(request.max_model_len, request.block_size)
+    return Ledger(
+        total_bytes=request.total_bytes,
+        usable_bytes=usable,
+        weights_bytes=weights_bytes,
+        activation_bytes=activations,
+        workspace_bytes=WORKSPACE_BYTES,
+        graph_bytes=GRAPH_BYTES,
+        kv_bytes=blocks * per_block,
+        bytes_per_block=per_block,
+        num_blocks=blocks,
+        block_size=request.block_size,
+        max_model_len=request.max_model_len,
+        full_length_sequences=blocks // longest,
+    )
+
+
+def activation_bytes(shape: ModelShape, request: Request) -> int:
+    """What a step's largest batch holds at once: residual, one layer's widest part, logits."""
+    query = shape.num_heads * shape.head_dim
+    attention = 2 * query + 2 * shape.num_kv_heads * shape.head_dim
+    widest = max(attention, 3 * shape.intermediate_size)
+    tokens = request.max_num_batched_tokens
+    elements = tokens * (2 * shape.hidden_size + widest)
+    rows = min(request.max_num_seqs, tokens)
+    return elements * DTYPE_BYTES[request.dtype] + rows * shape.vocab_size * LOGIT_BYTES
+
+
+def remedies(
+    shape: ModelShape, weights_by_dtype: dict[str, int], request: Request
+) -> Iterator[str]:
+    """Settings, each alone, with which a model that does not fit would; the mildest first."""
+
+    def fits(changed: Request) -> bool:
+        return make_ledger(shape, weights_by_dtype[changed.dtype], changed).fits
+
+    blocks = make_ledger(shape, weights_by_dtype[request.dtype], request).num_blocks
+    if blocks:
+        yield f"--max-model-len {blocks * request.block_size}"
+    for percent in range(int(request.gpu_memory_utilization * 100) + 1, 99):
+        if fits(replace(request, gpu_memory_utilization=percent / 100)):
+            yield f"--gpu-memory-utilization {percent / 100:g}"
+            break
+    for tokens in (1024, 512, 256):
+        seqs = min(request.max_num_seqs, 64)
+        smaller = replace(request, max_num_batched_tokens=tokens, max_num_seqs=seqs)
+        if tokens < request.max_num_batched_tokens and fits(smaller):
+            yield f"--max-num-batched-tokens {tokens} --max-num-seqs {seqs}"
+            break
+    if request.dtype == "float32" and fits(replace(request, dtype="bfloat16")):
+        yield "--dtype bfloat16"
+    for name, mib in sorted(GPU_MIB.items(), key=lambda item: item[1]):
+        larger = mib * MIB > request.total_bytes
+        if larger and fits(replace(request, total_bytes=mib * MIB)):
+            yield f"--gpu {name}"
+            break
+
+
+def as_text(title: str, ledger: Ledger, ways: list[str]) -> str:
+    """The ledger as lines for a terminal."""
+    rows = [
+        ("usable", ledger.usable_bytes, f"of {_size(ledger.total_bytes).strip()}"),
+        ("weights", ledger.weights_bytes, ""),
+        ("activations", ledger.activation_bytes, "at most"),
+        ("workspace", ledger.workspace_bytes, "about"),
+        ("graphs", ledger.graph_bytes, "none are captured" if not ledger.graph_bytes else ""),
+        (
+            "KV blocks",
+            ledger.kv_bytes,
+            f"{ledger.num_blocks} of {ledger.block_size} tokens, "
+            f"{ledger.bytes_per_block / 1024:.0f} KiB each",
+        ),
+    ]
+    lines = [title, *(f"  {name:<12}{_size(size)}  {note}" for name, size, note in rows)]
+    lines = [line.rstrip() for line in lines]
+    if ledger.fits:
+        count = ledger.full_length_sequences
+        plural = "s" if count > 1 else ""
+        lines.append(f"fits: {count} sequence{plural} of {ledger.max_model_len} tokens at once")
+    else:
+        lines.append(f"does not fit: no sequence of {ledger.max_model_len} tokens can run")
+        lines += [f"  would fit with: {way}" for way in ways] or [
+            "  no single setting helps, nor any one device that is known"
+        ]
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:>9.2f} GiB" if count >= GIB else f"{count / MIB:>9.2f} MiB"
