@@ -31,6 +31,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one request is sampled and where it ends.
 
     `n` samples of the same prompt are asked for; of `best_of` that are drawn, the most probable.
+    With `use_beam_search`, `best_of` is the width of the beam: a hypothesis is scored by its
+    log-probability divided by its length to the power of `length_penalty`; `early_stopping` True
+    ends the search when as many are finished, False when no better one is likely, "never" when
+    none is possible.
     `temperature` 0 means greedy. `top_k` -1 means the whole vocabulary, as do `top_p` 1, `min_p` 0
     and `typical_p` 1. `max_tokens` None means up to the model's context. `presence_penalty` and
     `frequency_penalty` look at the output, `repetition_penalty` at prompt and output. `logprobs`
@@ -41,6 +45,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     n: int = 1
     best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float = 1.0
@@ -85,6 +92,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def branches(self) -> int:
         """Samples that are drawn."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def num_outputs(self) -> int:
+        """Samples that the engine gives out, each with an end of its own."""
+        return self.n if self.use_beam_search else self.branches
 
     @property
     def needs_history(self) -> bool:
@@ -138,6 +150,31 @@ def _check_branches(p: SamplingParams) -> None:
     _whole("n", p.n, 1, MAX_N)
     if p.best_of is not None:
         _whole("best_of", p.best_of, p.n, MAX_N)
+
+
+# What changes probabilities or draws from them has no place in a search for the most probable.
+_NOT_WITH_BEAMS = (
+    "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "bad_words_ids",
+    "min_tokens", "seed", "logprobs", "prompt_logprobs",
+)  # fmt: skip
+
+
+def _check_beams(p: SamplingParams) -> None:
+    _number("length_penalty", p.length_penalty, -10, 10)
+    if p.early_stopping not in (True, False, "never"):
+        raise ParameterError(
+            "early_stopping",
+            f'early_stopping must be true, false or "never", got {_shown(p.early_stopping)}',
+        )
+    if not p.use_beam_search:
+        return
+    if p.temperature != 0:
+        raise ParameterError("temperature", "temperature must be 0 with use_beam_search")
+    plain = SamplingParams()
+    for name in _NOT_WITH_BEAMS:
+        if getattr(p, name) != getattr(plain, name):
+            raise ParameterError(name, f"{name} cannot be combined with use_beam_search")
 
 
 def _check_top_k(p: SamplingParams) -> None:
@@ -219,6 +256,7 @@ def _in_vocabulary(name: str, ids: Iterable[int], vocab_size: int) -> None:
 _CHECKS = (
     _check_numbers,
     _check_branches,
+    _check_beams,
     _check_top_k,
     _check_lengths,
     _check_logprobs,

@@ -42,6 +42,8 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one sample of a request: of the one numbered `index`, from 0.
 
+    A beam search gives each hypothesis whole, best first, with its `score`.
+
     `finish_reason` (stop | length | abort | error) comes once for each sample, last.
     `stop_token_id` is the id that ended it when that was an EOS or a stop token id (it is not part
     of `token_ids`). `error` is set when `finish_reason` is error. `logprobs` is parallel to
@@ -59,6 +61,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     index: int = 0
+    score: float | None = None
     refused: bool = False
 
 

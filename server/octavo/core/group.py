@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from octavo.core.beam import BeamSearch
 from octavo.core.sequence import Sequence, blocks_for
 
 
@@ -16,11 +17,13 @@ from octavo.core.sequence import Sequence, blocks_for
 class Group:
     """The unfinished branches of one request, in order; a group without branches is over.
 
-    `arrival` is its place in the order of adding.
+    `arrival` is its place in the order of adding. In a beam search the branches become each
+    other's continuations, and end together.
     """
 
     arrival: int
     branches: list[Sequence]
+    beam: BeamSearch | None = None
 
     @property
     def lead(self) -> Sequence:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
+from octavo.core.beam import BeamSearch
 from octavo.core.group import Group, most_tokens
 from octavo.core.sequence import Sequence
 from octavo.params import SamplingParams
@@ -52,6 +55,17 @@ def make_group(request: Request, limits: Limits, num_blocks: int, first_id: int)
     _check_width(params.branches, limits)
     eos = frozenset[int]() if params.ignore_eos else limits.eos_token_ids
     max_new_tokens = _max_new_tokens(params, len(prompt), limits, num_blocks)
+    stop_ids = eos.union(params.stop_token_ids)
+    beam = None
+    if params.use_beam_search:
+        beam = BeamSearch(
+            width=params.branches,
+            length_penalty=params.length_penalty,
+            early_stopping=params.early_stopping,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+        )
+        params = msgspec.structs.replace(params, logprobs=beam.num_candidates)
     return Group(
         first_id,
         [
@@ -66,11 +80,12 @@ def make_group(request: Request, limits: Limits, num_blocks: int, first_id: int)
                 arrival_time=request.now,
                 priority=request.priority,
                 scope=request.scope,
-                stop_ids=eos.union(params.stop_token_ids),
+                stop_ids=stop_ids,
                 branch=branch,
             )
             for branch in range(params.branches)
         ],
+        beam,
     )
 
 

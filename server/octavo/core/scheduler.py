@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
+from octavo.core.beam import rebuild
 from octavo.core.block_pool import BlockPool
 from octavo.core.forecast import OutputLengths, expected_growth
 from octavo.core.group import Group
@@ -32,6 +34,7 @@ from octavo.core.request import Limits, Request, RequestError, make_group
 from octavo.core.sequence import Sequence, blocks_for
 from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED, ScheduledSequence, StepPlan
 from octavo.core.waiting import WaitingQueue, WaitingTotals
+from octavo.logprobs import TokenLogprobs
 from octavo.params import SamplingParams
 
 _NO_TOKEN_TEXTS = {
@@ -45,8 +48,9 @@ _NO_TOKEN_TEXTS = {
 class SequenceUpdate:
     """What a step brought one sequence. The update with a `finish_reason` is its last.
 
-    `index` is the sequence's branch of the request. `stop_token_id` is the EOS or stop id that
-    ended it; it is not among `token_ids`.
+    `index` is the sequence's branch of the request, or the rank of a hypothesis of a beam search,
+    which comes whole, with its `score`. `stop_token_id` is the EOS or stop id that ended it; it is
+    not among `token_ids`.
     """
 
     request_id: str
@@ -57,6 +61,7 @@ class SequenceUpdate:
     seq_id: int = -1
     cached_tokens: int = 0
     index: int = 0
+    score: float | None = None
 
 
 @dataclass(slots=True)
@@ -127,8 +132,12 @@ class Scheduler:
         self._waiting.push(group)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
-        """End a request, or one branch of it, and free the blocks; empty when there is no such."""
+        """End a request, or one sample of it, and free the blocks; empty when there is no such."""
         group = self._by_request.get(request_id)
+        if group is not None and group.beam is not None:
+            lead = group.lead
+            self._end_search(group, error="")
+            return _ends(lead, "abort")
         ended = [] if group is None else [b for b in group.branches if index in (None, b.branch)]
         for branch in ended:
             self._drop(branch)
@@ -200,6 +209,8 @@ class Scheduler:
                         return False
                     pending = branch.pending
                 count = min(pending, self._share_of_budget(group, branch, draft))
+            if pending == 0:
+                continue  # a branch of a beam search that waits for the others
             if count == 0 or not self._grow(group, branch, count, draft):
                 return False
             draft.sequences.append(self._schedule(branch, count))
@@ -314,6 +325,8 @@ class Scheduler:
     def _preempt(self, group: Group) -> list[int]:
         """Take the group's blocks; it returns to its place in the queue and replays later."""
         del self._running[group.arrival]
+        if group.beam is not None:
+            group.beam.candidates = {}
         for branch in group.branches:
             del self._branches[branch.seq_id]
             self._free_blocks(branch)
@@ -324,10 +337,16 @@ class Scheduler:
 
     # Commit.
 
-    def commit(self, plan: StepPlan, sampled: list[int]) -> list[SequenceUpdate]:
+    def commit(
+        self,
+        plan: StepPlan,
+        sampled: list[int],
+        logprobs: Mapping[int, TokenLogprobs] = MappingProxyType({}),
+    ) -> list[SequenceUpdate]:
         """Record a step that ran. `sampled` has one token for each sequence that samples, in order.
 
-        A sequence aborted since the plan was made is passed over.
+        `logprobs` are by sequence id; only beam searches read them. A sequence aborted since the
+        plan was made is passed over.
         """
         self.counters.steps += 1
         updates: list[SequenceUpdate] = []
@@ -340,9 +359,58 @@ class Scheduler:
             sequence.computed = share.start + len(share.token_ids)
             if token != NO_TOKEN:
                 self.prefix_cache.publish(sequence)
-            if token is not None:
+            if token is None:
+                continue
+            if sequence.params.use_beam_search:
+                updates += self._search(sequence, token, logprobs)
+            else:
                 updates.append(self._draw(sequence, token))
         return updates
+
+    def _search(
+        self, sequence: Sequence, token: int, logprobs: Mapping[int, TokenLogprobs]
+    ) -> list[SequenceUpdate]:
+        """Take in a branch's candidates; with the last of them the whole group takes a step."""
+        group = self._by_request[sequence.request_id]
+        beam, branches = group.beam, group.branches
+        if token in _NO_TOKEN_TEXTS:
+            return self._end_search(group, error=self._no_token(sequence, token))
+        if beam is None:
+            raise RequestError("a beam search without its state")
+        beam.candidates[sequence.branch] = logprobs[sequence.seq_id]
+        if not beam.complete:
+            return []
+        if not group.lead.num_generated:
+            self.counters.prompt_tokens += group.lead.num_prompt_tokens
+        self.counters.generation_tokens += len(branches)
+        steps = beam.advance([branch.generated for branch in branches])
+        if not steps:
+            return self._end_search(group)
+        rebuild(branches, steps, self.pool)
+        return []
+
+    def _end_search(self, group: Group, error: str | None = None) -> list[SequenceUpdate]:
+        lead, beam = group.lead, group.beam
+        for branch in tuple(group.branches):
+            self._drop(branch)
+        if error is not None or beam is None:
+            return _ends(lead, "error", error)
+        best = beam.finished[: lead.params.n]
+        for found in best:
+            self.output_lengths.observe(len(found.token_ids))
+        return [
+            SequenceUpdate(
+                request_id=lead.request_id,
+                token_ids=found.token_ids,
+                finish_reason="length" if found.stop_token_id is None else "stop",
+                stop_token_id=found.stop_token_id,
+                seq_id=lead.seq_id + rank,
+                cached_tokens=lead.cached_tokens,
+                index=rank,
+                score=found.score,
+            )
+            for rank, found in enumerate(best)
+        ]
 
     def _draw(self, sequence: Sequence, token: int) -> SequenceUpdate:
         """Take in a drawn token: record it, and end the sequence if it is the last."""
@@ -350,11 +418,7 @@ class Scheduler:
         token_ids: list[int] = []
         reason = stop_token_id = error = None
         if token in _NO_TOKEN_TEXTS:
-            reason = "error"
-            error = f"{_NO_TOKEN_TEXTS[token]} after {len(sequence.tokens)} tokens"
-            if token == NO_TOKEN:
-                # NaN may stand in any of its blocks: nobody else may find them.
-                self.pool.forget(sequence.block_table)
+            reason, error = "error", self._no_token(sequence, token)
             self._drop(sequence)
         else:
             self.counters.generation_tokens += 1
@@ -379,6 +443,13 @@ class Scheduler:
             cached_tokens=sequence.cached_tokens,
             index=sequence.branch,
         )
+
+    def _no_token(self, sequence: Sequence, token: int) -> str:
+        """Why there is no token."""
+        if token == NO_TOKEN:
+            # NaN may stand in any of its blocks: nobody else may find them.
+            self.pool.forget(sequence.block_table)
+        return f"{_NO_TOKEN_TEXTS[token]} after {len(sequence.tokens)} tokens"
 
     def _finish(self, sequence: Sequence) -> None:
         self.output_lengths.observe(sequence.num_generated)
@@ -436,3 +507,13 @@ class Scheduler:
         """Raise `IntegrityError` unless every block is accounted for; O(blocks)."""
         groups = self._by_request.values()
         self.pool.check_integrity(b.block_table for group in groups for b in group.branches)
+
+
+def _ends(lead: Sequence, reason: str, error: str | None = None) -> list[SequenceUpdate]:
+    """The ends of all outputs of a beam search that gives none."""
+    return [
+        SequenceUpdate(
+            lead.request_id, [], reason, error=error, seq_id=lead.seq_id + rank, index=rank
+        )
+        for rank in range(lead.params.num_outputs)
+    ]

@@ -123,7 +123,7 @@ class EngineLoop:
         self._rates.observe(plan, self.scheduler.limits.max_num_batched_tokens, seconds)
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(plan, result)
-        updates = self.scheduler.commit(plan, result.tokens)
+        updates = self.scheduler.commit(plan, result.tokens, result.logprobs)
         return [self._with_logprobs(update, result) for update in updates]
 
     def _budget(self) -> int | None:
@@ -145,7 +145,7 @@ class EngineLoop:
                 self._prompt_logprobs.setdefault(share.seq_id, [])[share.start :] = found
 
     def _with_logprobs(self, update: SequenceUpdate, result: StepResult) -> wire.TokenOutput:
-        of_token = result.logprobs.get(update.seq_id)
+        of_token = None if update.score is not None else result.logprobs.get(update.seq_id)
         of_prompt = self._prompt_logprobs.pop(update.seq_id, None)
         return _output(update, None if of_token is None else [of_token], of_prompt)
 
@@ -206,9 +206,11 @@ def _output(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         index=update.index,
+        score=update.score,
     )
 
 
 def _samples(params: SamplingParams) -> int:
     """Ends that whoever sent this waits for; one where the number itself is the error."""
-    return params.branches if type(params.branches) is int and 1 <= params.branches <= MAX_N else 1
+    count = params.num_outputs
+    return count if type(count) is int and 1 <= count <= MAX_N else 1
