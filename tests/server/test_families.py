@@ -51,7 +51,7 @@ def load_decoder(folder: Path) -> Decoder:
 class Session:
     """One sequence on blocks of its own, fed a chunk at a time."""
 
-    def __init__(self, decoder: Decoder, length: int) -> None:
+    def __init__(self, decoder, length: int) -> None:
         spec, self.decoder, self.fed = decoder.spec, decoder, 0
         blocks = length // BLOCK + 2
         shape = (spec.num_layers, 2, blocks, BLOCK, spec.num_kv_heads, spec.head_dim)
@@ -64,15 +64,15 @@ class Session:
         batch = build_batch(StepPlan((sequence,)), BLOCK, CPU)
         batch = dataclasses.replace(batch, logit_rows=torch.arange(len(tokens)))
         self.fed += len(tokens)
-        return self.decoder.forward(batch, self.cache)
+        return self.decoder.logits(self.decoder.hidden(batch, self.cache))
 
 
-def logits(decoder: Decoder, tokens: list[int], chunk: int) -> torch.Tensor:
+def logits(decoder, tokens: list[int], chunk: int) -> torch.Tensor:
     session = Session(decoder, len(tokens))
     return torch.cat([session.feed(tokens[at : at + chunk]) for at in range(0, len(tokens), chunk)])
 
 
-def greedy(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
+def greedy(decoder, prompt: list[int], count: int) -> list[int]:
     session, tokens = Session(decoder, len(prompt) + count), []
     step = prompt
     while len(tokens) < count:

@@ -9,19 +9,15 @@ import numpy as np
 import torch
 
 from octavo import plan as memory_plan
-from octavo.checkpoint import read_checkpoint
 from octavo.core.step import ScheduledSequence, StepPlan, StepResult
-from octavo.engine import weights
 from octavo.engine.batch import build_batch
 from octavo.engine.logits import Draw
 from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
 from octavo.engine.memory import available_host_bytes
+from octavo.engine.model import check_model
 from octavo.engine.sampler import draw_key, sample
 from octavo.errors import ConfigError, DoesNotFitError
-from octavo.models.decoder import Decoder, empty_parameters
-from octavo.models.hf_config import read_config, read_eos_token_ids
-from octavo.models.parameters import parameter_shapes
-from octavo.models.registry import family_of
+from octavo.models.hf_config import read_eos_token_ids
 from octavo.models.spec import DecoderSpec
 from octavo_kernels import ops
 
@@ -41,7 +37,7 @@ class Runner:
     bounds the CPU threads of torch and of our kernels for the whole process.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is a setting of its own)
         self,
         model_path: str,
         *,
@@ -52,36 +48,28 @@ class Runner:
         progress: Report = _silent,
         num_threads: int | None = None,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = Path(model_path)
         progress("check", 0.0)
-        config = read_config(folder)
-        family = family_of(config)
-        self.spec: DecoderSpec = family.translate(config)
-        self.eos_token_ids = read_eos_token_ids(folder, config, self.spec.vocab_size)
+        model = check_model(folder, trust_remote_code=trust_remote_code)
+        self.spec: DecoderSpec = model.spec
+        self.eos_token_ids = read_eos_token_ids(folder, model.config, self.spec.vocab_size)
         self.device = _device(device)
         self.dtype_name = _dtype_name(dtype, self.device, self.spec)
         self.max_model_len = _max_model_len(max_model_len, self.spec)
         self.block_size = block_size
         self._seed = seed
-        entries = weights.with_prefix(read_checkpoint(folder), family.prefix)
-        targets = family.targets(self.spec)
-        weights.check_complete(entries, targets, family.ignored)
         progress("check", 1.0)
 
-        self._require_memory_for_weights()
-        torch_dtype = _DTYPES[self.dtype_name]
-        parameters = empty_parameters(self.spec, dtype=torch_dtype, device=self.device)
-        weights.load(
-            entries,
-            targets,
-            parameters,
+        self._require_memory(model.num_parameters * memory_plan.DTYPE_BYTES[self.dtype_name])
+        self._decoder = model.load(
+            _DTYPES[self.dtype_name],
+            self.device,
+            self.max_model_len,
             lambda done, all_: progress("weights", done / max(1, all_)),
-        )
-        self._decoder = Decoder(
-            self.spec, parameters, max_positions=self.max_model_len, device=self.device
         )
         self._progress = progress
         self._kv_cache: torch.Tensor | None = None
@@ -163,8 +151,7 @@ class Runner:
         key = draw_key(params, self._seed, sequence.seq_id, count, sequence.branch)
         return Draw(params, key, count, sequence.tokens, sequence.num_prompt_tokens)
 
-    def _require_memory_for_weights(self) -> None:
-        needed = _parameter_bytes(self.spec, self.dtype_name)
+    def _require_memory(self, needed: int) -> None:
         if self.device.type == "cuda":
             available, _ = torch.cuda.mem_get_info(self.device)
         else:
@@ -185,11 +172,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     size = torch.Size(shape).numel() * dtype.itemsize
     return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
-
-
-def _parameter_bytes(spec: DecoderSpec, dtype: str) -> int:
-    sizes = (torch.Size(shape).numel() for shape in parameter_shapes(spec).values())
-    return sum(sizes) * memory_plan.DTYPE_BYTES[dtype]
 
 
 def _device(name: str) -> torch.device:

@@ -55,21 +55,39 @@ FAMILIES: dict[str, Family] = {name: family for family in _ALL for name in famil
 _OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "image_token_id")
 
 
+def native_family(config: HfConfig) -> Family | None:
+    """The family that serves this architecture, None where there is none; raises for a kind of
+    model that nothing here serves.
+    """
+    names = _architectures(config)
+    _refuse_multimodal(config, names[0])
+    _refuse_quantized(config)
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)
+
+
 def family_of(config: HfConfig) -> Family:
     """The family that serves this config's architecture."""
+    family = native_family(config)
+    if family is None:
+        raise not_native(config)
+    return family
+
+
+def not_native(config: HfConfig) -> UnsupportedModelError:
+    """The error for an architecture without a family, with the nearest that has one."""
+    names = _architectures(config)
+    supported = ", ".join(sorted(FAMILIES)) + _nearest(names[0])
+    return config.unsupported("architectures", names, supported)
+
+
+def _architectures(config: HfConfig) -> list[str]:
     names = config.values.get("architectures")
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise config.wrong(
             "architectures",
             f'must be a list like ["LlamaForCausalLM"], not {show(names)}',
         )
-    _refuse_multimodal(config, names[0])
-    for name in names:
-        if name in FAMILIES:
-            _refuse_quantized(config)
-            return FAMILIES[name]
-    supported = ", ".join(sorted(FAMILIES))
-    raise config.unsupported("architectures", names, supported + _nearest(names[0]))
+    return names
 
 
 def _nearest(name: str) -> str:

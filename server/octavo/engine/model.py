@@ -1,0 +1,108 @@
+"""From a model folder to a decoder: native where there is a family, else by transformers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from octavo.checkpoint import TensorEntry, read_checkpoint
+from octavo.engine import weights
+from octavo.errors import UnsupportedModelError
+from octavo.models.decoder import Batch, Decoder, empty_parameters
+from octavo.models.family import Family
+from octavo.models.hf_config import HfConfig, read_config
+from octavo.models.parameters import parameter_shapes
+from octavo.models.registry import native_family, not_native
+from octavo.models.spec import DecoderSpec
+
+
+class Model(Protocol):
+    """What the runner needs of a decoder."""
+
+    def hidden(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Something for each of `batch.logit_rows`, from which `logits` makes logits."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (float32) of some rows of `hidden`'s result."""
+        ...
+
+
+@dataclass(slots=True, frozen=True)
+class CheckedModel:
+    """A model folder that passed every check, before anything is allocated. Without a family the
+    transformers back end runs it.
+    """
+
+    folder: Path
+    config: HfConfig
+    spec: DecoderSpec
+    family: Family | None
+    entries: dict[str, TensorEntry]
+    trust_remote_code: bool
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weights."""
+        if self.family is None:
+            return sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
+        shapes = parameter_shapes(self.spec).values()
+        return sum(torch.Size(shape).numel() for shape in shapes)
+
+    def load(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+        progress: Callable[[int, int], None],
+    ) -> Model:
+        """The decoder with its weights. `progress` is called with bytes done and bytes in all."""
+        if self.family is None:
+            progress(0, 1)
+            model: Model = _back_end().TransformersDecoder(
+                self.folder,
+                self.spec,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=self.trust_remote_code,
+            )
+            progress(1, 1)
+            return model
+        parameters = empty_parameters(self.spec, dtype=dtype, device=device)
+        weights.load(self.entries, self.family.targets(self.spec), parameters, progress)
+        return Decoder(self.spec, parameters, max_positions=max_positions, device=device)
+
+
+def check_model(folder: Path, *, trust_remote_code: bool = False) -> CheckedModel:
+    """Read config.json and the headers of the weights; raise what is wrong or not served."""
+    config = read_config(folder)
+    family = native_family(config)
+    if family is None:
+        spec = _by_transformers(folder, config, trust_remote_code)
+        return CheckedModel(folder, config, spec, None, read_checkpoint(folder), trust_remote_code)
+    spec = family.translate(config)
+    entries = weights.with_prefix(read_checkpoint(folder), family.prefix)
+    weights.check_complete(entries, family.targets(spec), family.ignored)
+    return CheckedModel(folder, config, spec, family, entries, trust_remote_code)
+
+
+def _by_transformers(folder: Path, config: HfConfig, trust_remote_code: bool) -> DecoderSpec:
+    try:
+        spec: DecoderSpec = _back_end().translate(
+            folder, config, trust_remote_code=trust_remote_code
+        )
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{not_native(config)}; nor can the transformers back end serve it: {error}"
+        ) from error
+    return spec
+
+
+def _back_end() -> Any:
+    """Imported when it is needed: transformers alone takes longer to import than a native start."""
+    return importlib.import_module("octavo.models.transformers_backend")
