@@ -13,7 +13,7 @@ from octavo.api.logprobs import PlacedLogprobs
 from octavo.logprobs import TokenLogprobs
 from octavo.metrics import Metrics
 from octavo.params import SamplingParams
-from octavo.text.stop import StopMatcher
+from octavo.text.assembly import TextAssembly
 from octavo.text.tokenizer import Tokenizer
 from octavo.wire import AddRequest, TokenOutput
 
@@ -78,14 +78,10 @@ class Choice:
         self._prompt = prompt
         self._params = params
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer(
-            prompt.token_ids, skip_special=params.skip_special_tokens
-        )
-        self._stop = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        self._text = TextAssembly(tokenizer, prompt.token_ids, params)
         self.of_prompt: list[TokenLogprobs] = []  # set before the first output is fed
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._begun = False
-        self._chars = 0  # characters of the whole text so far, the echoed prompt included
         self._placed: list[PlacedLogprobs] = []  # not yet in a delta
 
     def feed(self, output: TokenOutput) -> Delta | None:
@@ -97,10 +93,11 @@ class Choice:
         for place, token_id in enumerate(output.token_ids):
             self.usage.completion_tokens += 1
             if output.logprobs is not None:
-                self._place(token_id, output.logprobs[place])
-            text += self._push(self._detokenizer.push(token_id))
-            if self._stop.matched is not None:
-                return self._finish(text, "stop", self._stop.matched)
+                offset = len(self._prompt.echo or "") + self._text.num_chars
+                self._place(token_id, offset, output.logprobs[place])
+            text += self._text.push(token_id)
+            if self._text.matched is not None:
+                return self._finish(text, "stop", self._text.matched)
         if output.finish_reason is None:
             return self._delta(text) if text else None
         return self._end(text, output)
@@ -114,40 +111,28 @@ class Choice:
             return ""
         if self._params.logprobs is not None:
             self._place_prompt(self.of_prompt)
-        self._chars = len(self._prompt.echo)
         return self._prompt.echo
 
     def _place_prompt(self, found: list[TokenLogprobs]) -> None:
         ids = self._prompt.token_ids
         detokenizer = self._tokenizer.detokenizer([])
+        offset = 0
         for token_id, of_token in zip_longest(ids, [None, *found]):
-            self._place(token_id, of_token)
-            self._chars += len(detokenizer.push(token_id))
+            self._place(token_id, offset, of_token)
+            offset += len(detokenizer.push(token_id))
 
     def _end(self, text: str, output: TokenOutput) -> Delta:
         if output.stop_token_id is not None:
             self.usage.completion_tokens += 1
-            if self._params.include_stop_str_in_output:
-                text += self._push(self._detokenizer.push(output.stop_token_id))
-        text += self._push(self._detokenizer.flush())
-        if self._stop.matched is not None:
-            return self._finish(text, "stop", self._stop.matched)
+        text += self._text.flush(output.stop_token_id)
+        if self._text.matched is not None:
+            return self._finish(text, "stop", self._text.matched)
         asked = output.stop_token_id in self._params.stop_token_ids
-        return self._finish(
-            text + self._stop.flush(),
-            output.finish_reason or "stop",
-            output.stop_token_id if asked else None,
-        )
+        reason = output.finish_reason or "stop"
+        return self._finish(text, reason, output.stop_token_id if asked else None)
 
-    def _place(self, token_id: int, found: TokenLogprobs | None) -> None:
-        self._placed.append(PlacedLogprobs(token_id, self._chars, found))
-
-    def _push(self, text: str) -> str:
-        self._chars += len(text)
-        # Before min_tokens a stop string is ordinary text.
-        if self.usage.completion_tokens < self._params.min_tokens:
-            return text
-        return self._stop.push(text)
+    def _place(self, token_id: int, offset: int, found: TokenLogprobs | None) -> None:
+        self._placed.append(PlacedLogprobs(token_id, offset, found))
 
     def _delta(
         self, text: str, reason: str | None = None, stop_reason: int | str | None = None

@@ -75,11 +75,10 @@ class LogprobsWriter:
         return texts
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token_id)
         return {
-            "token": raw.decode(errors="replace"),
+            "token": self._tokenizer.token_text(token_id),
             "logprob": _json_safe(logprob),
-            "bytes": list(raw),
+            "bytes": list(self._tokenizer.token_bytes(token_id)),
         }
 
     def _text(self, token_id: int) -> str:

@@ -8,14 +8,18 @@ from octavo.text.tokenizer import Tokenizer
 
 
 class TextAssembly:
-    """Feeds tokens through a detokenizer and a stop matcher; what it returns is final."""
+    """Feeds tokens through a detokenizer and a stop matcher; what it returns is final.
+
+    `num_chars` counts the characters of all tokens so far, held back or cut off ones included.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> None:
-        self._detokenizer = tokenizer.detokenizer(prompt)
-        self._stop = StopMatcher(tuple(params.stop))
+        self._detokenizer = tokenizer.detokenizer(prompt, skip_special=params.skip_special_tokens)
+        self._stop = StopMatcher(params.stop, include=params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
-        self._keep_stop = params.include_stop_str_in_output
+        self._keeps_stop = params.include_stop_str_in_output
         self.num_tokens = 0
+        self.num_chars = 0
 
     @property
     def matched(self) -> str | None:
@@ -27,14 +31,18 @@ class TextAssembly:
         self.num_tokens += 1
         return self._push(self._detokenizer.push(token_id))
 
-    def flush(self) -> str:
-        """The output is over: return what was held back, unless it completes a stop string."""
-        text = self._push(self._detokenizer.flush())
+    def flush(self, stop_token_id: int | None = None) -> str:
+        """The output is over: return what was held back, unless it completes a stop string.
+
+        The token that ended it is text only where stops are to be kept.
+        """
+        text = ""
+        if stop_token_id is not None and self._keeps_stop:
+            text = self.push(stop_token_id)
+        text += self._push(self._detokenizer.flush())
         return text if self.matched is not None else text + self._stop.flush()
 
     def _push(self, text: str) -> str:
+        self.num_chars += len(text)
         # Before min_tokens a stop string is ordinary text.
-        if self.num_tokens < self._min_tokens:
-            return text
-        text = self._stop.push(text)
-        return text + (self.matched or "") if self._keep_stop else text
+        return text if self.num_tokens < self._min_tokens else self._stop.push(text)

@@ -131,6 +131,10 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         return piece.replace("\u2581", " ").encode()  # sentencepiece's mark of a space
 
+    def token_text(self, token_id: int) -> str:
+        """One token on its own, U+FFFD for what is no whole character."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
     def bad_word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """The token sequences that spell each word, at the start of a text and after a space."""
         found: dict[tuple[int, ...], None] = {}
