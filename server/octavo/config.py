@@ -51,6 +51,7 @@ class EngineConfig:
     target_itl_ms: float | None = None
     seed: int = 0
     num_threads: int | None = None
+    trust_remote_code: bool = False
 
     def to_json(self) -> str:
         """The form that the engine process takes on its command line."""
@@ -174,6 +175,12 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="CPU threads of the engine (default: the container's CPU limit)",
     )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code out of the model's folder where config.json names some; only for "
+        "folders whose authors may do what this server may",
+    )
 
 
 def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
@@ -283,6 +290,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         target_itl_ms=args.target_itl_ms,
         seed=args.seed,
         num_threads=cpu_limit() if args.num_threads is None else args.num_threads,
+        trust_remote_code=args.trust_remote_code,
     )
     config = ServeConfig(
         engine=engine,

@@ -50,13 +50,41 @@ class LLMOptions(TypedDict, total=False):
     source: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """What `LLM.beam_search` is asked; `early_stopping` is ours, as transformers has it."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    include_stop_str_in_output: bool = False
+
+    def as_sampling(self) -> SamplingParams:
+        """The same, as the engine takes it: a group of `beam_width` whose best are all wanted."""
+        if self.temperature:
+            raise ValueError(f"a beam search draws nothing; temperature is {self.temperature}")
+        return SamplingParams(
+            n=self.beam_width,
+            best_of=self.beam_width,
+            use_beam_search=True,
+            temperature=0,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+        )
+
+
 # Keywords that `LLM` itself uses.
 _OWN = {"tokenizer", "skip_tokenizer_init", "chat_template"}
 # Of these the engine has no setting (yet): a value that asks for nothing is fine, others are
 # refused by name. `enforce_eager` is true to the word on every device that we have.
 _ACCEPTED: dict[str, tuple[object, ...]] = {
     "tokenizer_mode": ("auto",),
-    "trust_remote_code": (False,),
     "tensor_parallel_size": (1,),
     "load_format": ("auto", "safetensors"),
     "swap_space": (0,),

@@ -101,6 +101,7 @@ def start(
         progress=report,
         num_threads=config.num_threads,
         seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
     )
     report("cache", 0)
     num_blocks = size_pool(config, runner)
