@@ -19,16 +19,16 @@ from octavo_kernels import ops
 
 CPU = torch.device("cpu")
 SERVED = {
-    "cohere": Tiny("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.5}),
-    "cohere2": Tiny("Cohere2ForCausalLM", "Cohere2Config", {"sliding_window": 20}),
-    "glm4": Tiny("Glm4ForCausalLM", "Glm4Config"),
+    "apertus": Tiny("ApertusForCausalLM", "ApertusConfig"),
+    "nemotron": Tiny("NemotronForCausalLM", "NemotronConfig"),
     "olmo3": Tiny("Olmo3ForCausalLM", "Olmo3Config", {"sliding_window": 20}),
     "phi": Tiny("PhiForCausalLM", "PhiConfig"),
     "exaone4": Tiny("Exaone4ForCausalLM", "Exaone4Config", {"sliding_window": 20}),
     "granite moe": Tiny("GraniteMoeForCausalLM", "GraniteMoeConfig", {"attention_multiplier": 0.1}),
-    # sinks and softcaps go through it too
+    # native ones: sinks, softcaps, scaled logits go through it too
     "gpt_oss": tiny_models.TINY["gpt_oss"],
     "gemma2": tiny_models.TINY["gemma2"],
+    "cohere2": tiny_models.TINY["cohere2"],
 }
 REMOTE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,8 +86,8 @@ def test_served_like_a_native_family(name, tmp_path, monkeypatch, caplog) -> Non
 
 
 def test_the_runner_takes_it_where_there_is_no_family(tmp_path) -> None:
-    oracle = tiny_models.model_of(SERVED["cohere"])
-    folder = tiny_models.write(SERVED["cohere"], oracle, tmp_path)
+    oracle = tiny_models.model_of(SERVED["apertus"])
+    folder = tiny_models.write(SERVED["apertus"], oracle, tmp_path)
     runner = Runner(str(folder), device="cpu")
     runner.allocate_kv(4)
     prompt = [5, 6, 7, 8]
@@ -113,7 +113,7 @@ def test_the_runner_takes_it_where_there_is_no_family(tmp_path) -> None:
 def test_what_it_cannot_serve_is_refused_before_any_weight_is_read(tiny, message, tmp_path) -> None:
     values = tiny_models.config_values(tiny)
     (tmp_path / "config.json").write_text(json.dumps(values, default=str))
-    with pytest.raises(UnsupportedModelError, match=f"supported: GPT2.*nor can .*{message}"):
+    with pytest.raises(UnsupportedModelError, match=f"supported: Cohere.*nor can .*{message}"):
         check_model(tmp_path)
 
 

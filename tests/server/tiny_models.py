@@ -205,6 +205,14 @@ TINY = {
         "GptOssConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
     ),
+    "glm": Tiny("GlmForCausalLM", "GlmConfig"),
+    "glm4": Tiny("Glm4ForCausalLM", "Glm4Config", hub=_older(10000.0, partial_rotary_factor=0.5)),
+    "cohere": Tiny("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.5}),
+    "cohere2": Tiny(
+        "Cohere2ForCausalLM",
+        "Cohere2Config",
+        {"num_hidden_layers": 4, "sliding_window": 20, "logit_scale": 0.5},
+    ),
 }
 
 

@@ -9,7 +9,9 @@ import difflib
 
 from octavo.errors import UnsupportedModelError
 from octavo.models.families import (
+    cohere,
     gemma,
+    glm,
     gpt2,
     gpt_neox,
     gpt_oss,
@@ -49,6 +51,10 @@ _ALL = (
     starcoder2.FAMILY,
     gpt_neox.FAMILY,
     gpt_oss.FAMILY,
+    glm.GLM,
+    glm.GLM4,
+    cohere.COHERE,
+    cohere.COHERE2,
 )
 FAMILIES: dict[str, Family] = {name: family for family in _ALL for name in family.architectures}
 
