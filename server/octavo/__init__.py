@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from octavo.llm import LLM as LLM
+    from octavo.llm_inputs import BeamSearchParams as BeamSearchParams
     from octavo.outputs import CompletionOutput as CompletionOutput
     from octavo.outputs import RequestOutput as RequestOutput
     from octavo.params import SamplingParams as SamplingParams
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "octavo.llm",
     "SamplingParams": "octavo.params",
+    "BeamSearchParams": "octavo.llm_inputs",
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
 }

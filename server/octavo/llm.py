@@ -8,21 +8,22 @@ What fails later, fails alone: its output has the finish reason "error".
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Unpack
 
+import msgspec
 from tqdm import tqdm
 
 from octavo import wire
+from octavo.collector import Collector
 from octavo.engine.locate import locate
 from octavo.engine.startup import Reporter, start
 from octavo.errors import ConfigError
 from octavo.kv_stats import KvMeter, KvStats
 from octavo.llm_inputs import (
     DEFAULT_PARAMS,
+    BeamSearchParams,
     Limits,
     LLMOptions,
     Prompt,
@@ -32,10 +33,8 @@ from octavo.llm_inputs import (
     engine_config,
     one_for_each,
 )
-from octavo.logprobs import TokenLogprobs
-from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from octavo.params import SamplingParams
-from octavo.text.assembly import TextAssembly
+from octavo.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from octavo.params import ParameterError, SamplingParams
 from octavo.text.loader import TextSide, load_text_side
 from octavo.text.template import ChatTemplate, TemplateRefusedError
 from octavo.text.tokenizer import Tokenizer
@@ -43,20 +42,7 @@ from octavo.text.tokenizer import Tokenizer
 # Looking at every step would cost a large batch a twentieth of its time.
 STEPS_BETWEEN_LOOKS = 8
 
-logger = logging.getLogger(__name__)
-
 Conversation = Sequence[Mapping[str, Any]]
-
-
-@dataclass(slots=True)
-class _Request:
-    """A prompt on its way."""
-
-    result: RequestOutput
-    params: SamplingParams
-    priority: int
-    assembly: TextAssembly | None
-    metrics: RequestMetrics
 
 
 class LLM:
@@ -134,6 +120,26 @@ class LLM:
             texts.append(text)
         return self._run(texts, encoded, sampling_params, None, use_tqdm=use_tqdm)
 
+    def beam_search(
+        self, prompts: object, params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of every prompt; prompts are as for `generate`."""
+        results = self.generate(prompts, params.as_sampling(), use_tqdm=use_tqdm)
+        return [
+            BeamSearchOutput(
+                [
+                    BeamSearchSequence(
+                        result.prompt_token_ids + choice.token_ids,
+                        choice.text,
+                        choice.cumulative_logprob or 0.0,
+                        choice.finish_reason,
+                    )
+                    for choice in result.outputs
+                ]
+            )
+            for result in results
+        ]
+
     # In
 
     def _side(self, wanted: str) -> TextSide:
@@ -170,8 +176,11 @@ class LLM:
         priorities = one_for_each("priorities", priority, len(encoded), 0)
         for index, ids in enumerate(encoded):
             check(index, ids, params[index], self._limits)
-            if params[index].stop and self._text is None:
-                raise PromptError(index, "stop strings need the tokenizer; use stop_token_ids")
+            if self._text is None and (params[index].stop or params[index].bad_words):
+                raise PromptError(
+                    index, "stop strings and bad words need the tokenizer; token ids do not"
+                )
+        params = [self._with_bad_words(index, own) for index, own in enumerate(params)]
         requests = [
             self._request(text, ids, own, place)
             for text, ids, own, place in zip(texts, encoded, params, priorities, strict=True)
@@ -181,21 +190,29 @@ class LLM:
 
     def _request(
         self, text: str | None, ids: list[int], params: SamplingParams, priority: int
-    ) -> _Request:
-        metrics = RequestMetrics(time.time(), time.monotonic())
-        assembly = TextAssembly(self._text.tokenizer, ids, params) if self._text else None
-        result = RequestOutput(
-            str(next(self._ids)), text, ids, [CompletionOutput(0)], metrics=metrics
-        )
-        return _Request(result, params, priority, assembly, metrics)
+    ) -> Collector:
+        tokenizer = self._text.tokenizer if self._text else None
+        return Collector(str(next(self._ids)), text, ids, params, priority, tokenizer)
+
+    def _with_bad_words(self, index: int, params: SamplingParams) -> SamplingParams:
+        """The parameters with the bad words as token ids, which is what the engine knows."""
+        if not params.bad_words or self._text is None:
+            return params
+        try:
+            found = self._text.tokenizer.bad_word_ids(params.bad_words)
+            params = msgspec.structs.replace(params, bad_words_ids=found)
+            params.validate(self._limits.vocab_size)
+        except ParameterError as error:
+            raise PromptError(index, str(error)) from error
+        return params
 
     # Out
 
-    def _drive(self, requests: dict[str, _Request], *, use_tqdm: bool) -> None:
+    def _drive(self, requests: dict[str, Collector], *, use_tqdm: bool) -> None:
         """Step until every request is over; leave nothing behind, however it ends."""
         for request_id, request in requests.items():
             ids = request.result.prompt_token_ids
-            self._loop.add(wire.AddRequest(request_id, ids, request.params, request.priority))
+            self._loop.add(wire.AddRequest(request_id, ids, request.asked, request.priority))
         bar = tqdm(
             total=len(requests),
             desc="Processed prompts",
@@ -211,7 +228,7 @@ class LLM:
             self._loop.scheduler.check_integrity()
             raise
 
-    def _step_until_done(self, requests: dict[str, _Request], bar: tqdm[Any]) -> None:
+    def _step_until_done(self, requests: dict[str, Collector], bar: tqdm[Any]) -> None:
         unscheduled = set(requests)
         begin, tokens, steps = time.monotonic(), 0, 0
         while self._loop.has_work:
@@ -227,14 +244,17 @@ class LLM:
                 if request is None or request.result.finished:
                     continue
                 tokens += len(output.token_ids)
-                if self._take(request, output, now):
+                ended = request.take(output, now)
+                if ended is not None:
+                    self._loop.abort(output.request_id, ended)
+                if request.result.finished:
                     rate = tokens / max(1e-9, now - begin)
                     bar.set_postfix_str(f"output: {rate:.1f} tokens/s", refresh=False)
                     bar.update()
 
     def _note_scheduled(
         self,
-        requests: dict[str, _Request],
+        requests: dict[str, Collector],
         unscheduled: set[str],
         outputs: Iterable[wire.TokenOutput],
         now: float,
@@ -246,75 +266,6 @@ class LLM:
         for request_id in seen & unscheduled:
             requests[request_id].metrics.scheduled_ts = now
         unscheduled -= seen
-
-    def _take(self, request: _Request, output: wire.TokenOutput, now: float) -> bool:
-        """Add an output to its request; true when it was the last."""
-        result, metrics = request.result, request.metrics
-        result.num_cached_tokens = max(result.num_cached_tokens, output.num_cached_tokens)
-        if output.token_ids or output.stop_token_id is not None:
-            metrics.first_token_ts = metrics.first_token_ts or now
-            metrics.last_token_ts = now
-        if output.prompt_logprobs is not None:
-            # The first token of a prompt has nothing before it.
-            result.prompt_logprobs = [None, *map(self._logprobs, output.prompt_logprobs)]
-        result.finished = self._continue(request, result.outputs[0], output)
-        metrics.num_generation_tokens = len(result.outputs[0].token_ids)
-        return result.finished
-
-    def _continue(
-        self, request: _Request, choice: CompletionOutput, output: wire.TokenOutput
-    ) -> bool:
-        assembly = request.assembly
-        for place, token_id in enumerate(output.token_ids):
-            choice.token_ids.append(token_id)
-            if output.logprobs is not None:
-                self._add_logprobs(choice, output.logprobs[place])
-            if assembly is None:
-                continue
-            choice.text += assembly.push(token_id)
-            if assembly.matched is not None:
-                choice.finish_reason, choice.stop_reason = "stop", assembly.matched
-                if output.finish_reason is None:
-                    self._loop.abort(request.result.request_id)
-                return True
-        if output.finish_reason is None:
-            return False
-        self._finish(request, choice, output)
-        return True
-
-    def _finish(
-        self, request: _Request, choice: CompletionOutput, output: wire.TokenOutput
-    ) -> None:
-        """Take in the last output: what ended the request, and the text held back."""
-        choice.finish_reason = output.finish_reason
-        if request.assembly is not None:
-            choice.text += request.assembly.flush()
-            if request.assembly.matched is not None:
-                choice.finish_reason, choice.stop_reason = "stop", request.assembly.matched
-        if output.stop_token_id is not None:
-            choice.token_ids.append(output.stop_token_id)
-            if output.logprobs is not None and len(output.logprobs) > len(output.token_ids):
-                self._add_logprobs(choice, output.logprobs[-1])
-            if output.stop_token_id in request.params.stop_token_ids:
-                choice.stop_reason = output.stop_token_id
-        if output.error is not None:
-            choice.stop_reason = output.error
-            logger.warning("request %s failed: %s", request.result.request_id, output.error)
-
-    def _add_logprobs(self, choice: CompletionOutput, found: TokenLogprobs) -> None:
-        if choice.logprobs is None:
-            choice.logprobs, choice.cumulative_logprob = [], 0.0
-        choice.logprobs.append(self._logprobs(found))
-        choice.cumulative_logprob = (choice.cumulative_logprob or 0.0) + found.logprob
-
-    def _logprobs(self, found: TokenLogprobs) -> dict[int, Logprob]:
-        """The drawn token first, then the most likely ones."""
-        pairs = [(found.token_id, found.logprob, found.rank)]
-        pairs += zip(found.top_ids, found.top_logprobs, itertools.count(1), strict=False)
-        return {i: Logprob(value, rank, self._spelling(i)) for i, value, rank in reversed(pairs)}
-
-    def _spelling(self, token_id: int) -> str | None:
-        return self._text.tokenizer.decode([token_id]) if self._text else None
 
 
 def _message(index: int, message: Mapping[str, Any]) -> dict[str, str]:

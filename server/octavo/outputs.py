@@ -68,3 +68,20 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """A hypothesis. `tokens` begin with the prompt; `cum_logprob` is what it was ranked by."""
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """What a beam search found for one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import octavo
-from octavo import LLM, SamplingParams
+from octavo import LLM, BeamSearchParams, SamplingParams
 from octavo.engine.loop import RunnerError
 from octavo.errors import ConfigError
 from octavo.kv_stats import KvMeter
@@ -229,7 +229,7 @@ def test_without_a_tokenizer_ids_go_in_and_out():
     assert (output.outputs[0].token_ids, output.outputs[0].text) == (ids, "")
     with pytest.raises(PromptError, match="a text needs the tokenizer"):
         bare.generate("x")
-    with pytest.raises(PromptError, match="stop strings need the tokenizer"):
+    with pytest.raises(PromptError, match="stop strings and bad words need the tokenizer"):
         bare.generate([prompt], SamplingParams(stop=("x",)))
     with pytest.raises(ConfigError, match="leave skip_tokenizer_init out"):
         bare.chat([{"role": "user", "content": "x"}])
@@ -307,6 +307,71 @@ def test_the_meter_counts_a_shared_block_once():
     assert stats.peak_active == 4
 
 
+def test_samples_share_their_prompt_and_are_those_of_lone_requests():
+    prompt = "a"  # after which the model is unsure
+    params = SamplingParams(n=3, temperature=2, seed=11, max_tokens=12)
+    (output,) = run(prompt, params)
+    assert [choice.index for choice in output.outputs] == [0, 1, 2]
+    assert len({tuple(choice.token_ids) for choice in output.outputs}) > 1
+    assert all(choice.finished() for choice in output.outputs)
+    again = run([prompt, prompt], params)
+    for other in again:
+        assert [c.token_ids for c in other.outputs] == [c.token_ids for c in output.outputs]
+        assert [c.text for c in other.outputs] == [c.text for c in output.outputs]
+    total = sum(len(choice.token_ids) for choice in output.outputs)
+    assert output.metrics.num_generation_tokens == total
+
+
+def test_the_best_of_several_are_the_most_probable():
+    prompt = "a"  # after which the model is unsure
+    every = {"temperature": 2, "seed": 3, "max_tokens": 6}
+    (whole,) = run(prompt, SamplingParams(n=4, logprobs=0, **every))
+    (best,) = run(prompt, SamplingParams(n=2, best_of=4, **every))
+    ranked = sorted(whole.outputs, key=lambda choice: -choice.cumulative_logprob)
+    assert [c.token_ids for c in best.outputs] == [c.token_ids for c in ranked[:2]]
+    assert [c.index for c in best.outputs] == [0, 1]
+    assert all(c.logprobs is None and c.cumulative_logprob < 0 for c in best.outputs)
+
+
+def test_a_stop_string_ends_one_sample_alone():
+    prompt = "a"
+    every = {"n": 3, "temperature": 2, "seed": 5, "max_tokens": 16}
+    (free,) = run(prompt, SamplingParams(**every))
+    stop = free.outputs[0].text[3:6]
+    (output,) = run(prompt, SamplingParams(stop=stop, **every))
+    for before, after in zip(free.outputs, output.outputs, strict=True):
+        assert after.text == before.text.partition(stop)[0]
+        assert after.token_ids == before.token_ids[: len(after.token_ids)]
+    assert output.outputs[0].stop_reason == stop
+
+
+@pytest.mark.parametrize(("width", "penalty", "early"), [(2, 1.0, False), (4, 0.5, True)])
+def test_a_beam_search_is_transformers(width, penalty, early):
+    tokenizer, model = oracle()
+    prompts = [expected(q)[0] for q in QUESTIONS]
+    params = BeamSearchParams(
+        beam_width=width, max_tokens=20, length_penalty=penalty, early_stopping=early
+    )
+    found = llm().beam_search(prompts, params)
+    for prompt, output in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            theirs = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
+                num_beams=width, num_return_sequences=width, length_penalty=penalty,
+                early_stopping=early, return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
+        pad = tokenizer.pad_token_id
+        for ours, row, score in zip(
+            output.sequences, theirs.sequences.tolist(), theirs.sequences_scores, strict=True
+        ):
+            assert [t for t in ours.tokens if t != pad] == [t for t in row if t != pad]
+            assert ours.cum_logprob == pytest.approx(score.item(), abs=1e-4)
+            assert ours.text == tokenizer.decode(row[len(prompt) :], skip_special_tokens=True)
+    with pytest.raises(ValueError, match="a beam search draws nothing"):
+        llm().beam_search("x", BeamSearchParams(beam_width=2, max_tokens=2, temperature=1.0))
+
+
 def test_importing_octavo_brings_no_torch():
     code = (
         "import sys, octavo; print('torch' in sys.modules); from octavo import SamplingParams; "
@@ -345,7 +410,7 @@ def test_logprobs_are_those_of_transformers():
         for i, entry in found.items():
             assert entry.logprob == pytest.approx(row[i].item(), abs=1e-4)
         assert found[token_id].rank == 1
-        assert found[token_id].decoded_token == llm().get_tokenizer().decode([token_id])
+        assert found[token_id].decoded_token == llm().get_tokenizer().token_text(token_id)
     total = sum(f[t].logprob for t, f in zip(choice.token_ids, choice.logprobs, strict=True))
     assert choice.cumulative_logprob == pytest.approx(total)
     assert output.prompt_logprobs[0] is None
@@ -364,3 +429,15 @@ def test_the_stop_string_can_stay_in_the_text():
         temperature=0, max_tokens=48, stop=[stop], include_stop_str_in_output=True
     )
     assert run(prompt, params)[0].outputs[0].text == text[: text.index(stop) + len(stop)]
+
+
+def test_control_tokens_are_text_when_asked():
+    ids = {"prompt_token_ids": expected("Who are you?")[0]}
+    params = SamplingParams(
+        temperature=0, max_tokens=4, ignore_eos=True, allowed_token_ids=[3], logprobs=0
+    )
+    shown = msgspec.structs.replace(params, skip_special_tokens=False)
+    assert run(ids, params)[0].outputs[0].text == ""
+    result = run(ids, shown)[0].outputs[0]
+    assert result.text == "<|im_end|>" * 4
+    assert [e[3].decoded_token for e in result.logprobs] == ["<|im_end|>"] * 4
