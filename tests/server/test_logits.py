@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as oracle
 
 from octavo.core.step import NOTHING_ALLOWED
+from octavo.engine import logits as logits_module
 from octavo.engine.logits import Draw, adjust, candidates, changes
 from octavo.engine.sampler import draw_key, sample
 from octavo.params import SamplingParams
@@ -152,6 +153,16 @@ def test_of_equals_the_lower_ids_stay():
     for params in (SamplingParams(top_k=3), SamplingParams(top_p=2.5 / VOCAB)):
         assert sorted(candidates(logits, params)[1].tolist()) == [0, 1, 2]
     assert candidates(logits, SamplingParams(min_p=1.0))[1].tolist() == list(range(VOCAB))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 12.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+def test_top_p_is_right_beyond_the_shortlist(monkeypatch, scale, top_p):
+    whole = candidates(row(9, scale), SamplingParams(top_p=top_p))
+    monkeypatch.setattr(logits_module, "_SHORTLIST", 5)
+    short = candidates(row(9, scale), SamplingParams(top_p=top_p))
+    assert torch.equal(whole[0], short[0])
+    assert torch.equal(whole[1], short[1])
 
 
 KINDS = [

@@ -15,6 +15,7 @@ import torch
 from octavo.params import SamplingParams
 
 _FORBIDDEN = float("-inf")
+_SHORTLIST = 1024
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,13 +59,28 @@ def adjust(row: torch.Tensor, draw: Draw, eos_token_ids: Sequence[int]) -> torch
     return row
 
 
+def narrows(params: SamplingParams, vocab_size: int) -> bool:
+    """True when `candidates` may leave tokens out."""
+    return (
+        params.min_p > 0
+        or 0 < params.top_k < vocab_size
+        or params.top_p < 1
+        or params.typical_p < 1
+    )
+
+
+def scale(row: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The row in float64, its largest 0, divided by the temperature."""
+    return (row.double() - row.max().double()) / temperature
+
+
 def candidates(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled logits (float64, largest 0) and ids of the tokens that may be drawn.
 
     In the order temperature, min_p, top_k, top_p, typical_p; each sees what the one before left.
     At least one token stays. Of equals the lower ids stay.
     """
-    scaled = (row.double() - row.max().double()) / params.temperature
+    scaled = scale(row, params.temperature)
     ids = torch.arange(scaled.shape[0], device=scaled.device)
     if params.min_p > 0:
         # Probability at least min_p times the largest, which has the scaled logit 0.
@@ -136,18 +152,24 @@ def _keep(
 def largest(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest values with their ids, largest first, of equals the lower id first."""
     # The k-th value by topk, which is quick; the sort, for the order of equals, sees few.
-    smallest = torch.topk(values, k).values[-1]
-    values, ids = _keep(values, ids, values >= smallest)
+    if k < len(ids):
+        smallest = torch.topk(values, k).values[-1]
+        values, ids = _keep(values, ids, values >= smallest)
     order = torch.sort(values, descending=True, stable=True).indices[:k]
     return values[order], ids[order]
 
 
 def _top_p(scaled: torch.Tensor, ids: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled, order = torch.sort(scaled, descending=True, stable=True)
-    probability = torch.softmax(scaled, dim=-1)
-    # A token stays when those before it do not reach p; so the first always stays.
-    kept = max(1, int((probability.cumsum(-1) - probability < p).sum()))
-    return scaled[:kept], ids[order[:kept]]
+    total = torch.logsumexp(scaled, dim=-1)
+    # Sorting a whole vocabulary is slow, and mostly the most probable few reach p.
+    for count in (min(_SHORTLIST, len(ids)), len(ids)):
+        top, top_ids = largest(scaled, ids, count)
+        probability = (top - total).exp()
+        # A token stays when those before it do not reach p; so the first always stays.
+        kept = max(1, int((probability.cumsum(-1) - probability < p).sum()))
+        if kept < count or count == len(ids):
+            break
+    return top[:kept], top_ids[:kept]
 
 
 def _typical(

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 import torch
 
 from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED
-from octavo.engine.logits import Draw, adjust, candidates, changes
+from octavo.engine.logits import Draw, adjust, candidates, changes, narrows, scale
 from octavo.params import SamplingParams
 
 _MASK64 = (1 << 64) - 1
 # Below this temperature the division would only amplify rounding; the draw is the maximum.
 _GREEDY_BELOW = 1e-5
+# Numbers of noise that are made at once: 8 MiB.
+_NOISE_AT_ONCE = 1 << 20
 
 
 def draw_key(
@@ -47,11 +49,19 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw], eos_token_ids: Sequence[
     best = torch.argmax(logits, dim=-1)  # NaN counts as the largest
     usable = torch.isfinite(logits.gather(1, best[:, None])[:, 0]).tolist()
     tokens: list[int] = best.tolist()
+    plain = []  # rows from whose whole distribution a token is drawn
     for i, draw in enumerate(draws):
         if not usable[i]:
             tokens[i] = NO_TOKEN
-        elif changes(draw) or draw.params.temperature >= _GREEDY_BELOW:
+        elif changes(draw) or narrows(draw.params, logits.shape[1]):
             tokens[i] = _draw(logits[i], draw, eos_token_ids)
+        elif draw.params.temperature >= _GREEDY_BELOW:
+            plain.append(i)
+    step = max(1, _NOISE_AT_ONCE // logits.shape[1])
+    for begin in range(0, len(plain), step):
+        rows = plain[begin : begin + step]
+        for i, token in zip(rows, _draw_plain(logits, draws, rows), strict=True):
+            tokens[i] = token
     return tokens
 
 
@@ -63,14 +73,30 @@ def _draw(row: torch.Tensor, draw: Draw, eos_token_ids: Sequence[int]) -> int:
     if draw.params.temperature < _GREEDY_BELOW:
         return int(torch.argmax(row))
     scaled, ids = candidates(row, draw.params)
-    return int(ids[torch.argmax(scaled + _gumbel(draw.key, ids))])
+    uniform = _uniform(ids + _signed(draw.key))
+    return int(ids[torch.argmax(scaled + _gumbel(uniform))])
 
 
-def _gumbel(key: int, ids: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise of each token id under a key."""
-    bits = _mix_tensor(ids + _signed(key))
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
-    return -torch.log(-torch.log(uniform))
+def _draw_plain(logits: torch.Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
+    """The same where every token may be drawn; what is exact is done for all rows at once."""
+    keys = torch.tensor([_signed(draws[i].key) for i in rows], device=logits.device)
+    uniform = _uniform(keys[:, None] + torch.arange(logits.shape[1], device=logits.device))
+    drawn = [
+        torch.argmax(scale(logits[i], draws[i].params.temperature) + _gumbel(row.clone()))
+        for i, row in zip(rows, uniform, strict=True)
+    ]
+    tokens: list[int] = torch.stack(drawn).tolist()
+    return tokens
+
+
+def _gumbel(uniform: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise from one row of uniform numbers (which are used up)."""
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _uniform(words: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in (0, 1), float64, hashed from 64-bit words; exact, whatever the shape."""
+    return _shift_right(_mix_tensor(words), 11).double().add_(0.5).mul_(2.0**-53)
 
 
 def _mix(value: int) -> int:
@@ -84,14 +110,14 @@ def _mix(value: int) -> int:
 def _mix_tensor(values: torch.Tensor) -> torch.Tensor:
     """The same as `_mix`, on a tensor of 64-bit words kept as int64 (products wrap)."""
     values = values + _signed(0x9E3779B97F4A7C15)
-    values = (values ^ _shift_right(values, 30)) * _signed(0xBF58476D1CE4E5B9)
-    values = (values ^ _shift_right(values, 27)) * _signed(0x94D049BB133111EB)
+    values = (values ^ _shift_right(values, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    values = (values ^ _shift_right(values, 27)).mul_(_signed(0x94D049BB133111EB))
     return values ^ _shift_right(values, 31)
 
 
 def _shift_right(values: torch.Tensor, by: int) -> torch.Tensor:
     """Logical shift of int64 words: the sign bit does not spread."""
-    return (values >> by) & ((1 << (64 - by)) - 1)
+    return (values >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _signed(value: int) -> int:
