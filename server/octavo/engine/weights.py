@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import BinaryIO
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -13,6 +19,8 @@ from octavo.models.decoder import Parameters
 from octavo.models.family import Target
 
 CHUNK_BYTES = 16 << 20
+# Enough to keep a disk or a network file system busy, few enough to be no burden on two cores.
+READERS = 4
 
 _DTYPES = {
     "F32": torch.float32,
@@ -59,77 +67,124 @@ def check_complete(
             )
 
 
+@dataclass(slots=True, frozen=True)
+class _Piece:
+    """`count` elements of a tensor from element `first`: what one read brings."""
+
+    name: str
+    first: int
+    count: int
+
+
 def load(
     entries: dict[str, TensorEntry],
     targets: dict[str, Target],
     parameters: Parameters,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Read every target's bytes into its rows, casting as needed.
+    """Read every target's bytes into its rows, casting as needed, with several readers.
 
     `progress` is called with bytes done and bytes in all. `check_complete` has passed before.
     """
     total = sum(entries[name].num_bytes for name in targets)
     done = 0
     progress(0, total)
-    staging = bytearray(CHUNK_BYTES)
-    for file, names in _by_file(entries, targets):
+    with _Files() as files, ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
+        reader = _Reader(entries, targets, parameters, files)
         try:
-            with file.file.open("rb", buffering=0) as stream:
-                for name in names:
-                    for count in _fill(stream, entries[name], targets[name], parameters, staging):
-                        done += count
-                        progress(done, total)
-        except OSError as error:
-            raise ModelError(f"{file.file} cannot be read: {error.strerror}") from error
+            for size in pool.map(reader.read, _pieces(entries, targets)):
+                done += size
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
-def _by_file(
-    entries: dict[str, TensorEntry], targets: Iterable[str]
-) -> Iterable[tuple[TensorEntry, list[str]]]:
-    """Names by file, each file's in the order they lie in it, so that reading is sequential."""
-    groups: dict[str, list[str]] = {}
+def _pieces(entries: dict[str, TensorEntry], targets: dict[str, Target]) -> list[_Piece]:
+    """All there is to read, in the order in which it lies in the files."""
+    found = []
     for name in sorted(targets, key=lambda n: (str(entries[n].file), entries[n].begin)):
-        groups.setdefault(str(entries[name].file), []).append(name)
-    return ((entries[names[0]], names) for names in groups.values())
+        elements = math.prod(entries[name].shape)
+        # What must be turned round is read whole.
+        size = max(1, CHUNK_BYTES // _DTYPES[entries[name].dtype].itemsize)
+        step = elements if targets[name].arrange is not None else size
+        found += [
+            _Piece(name, first, min(step, elements - first))
+            for first in range(0, elements, max(1, step))
+        ]
+    return found
 
 
-def _fill(
-    stream: BinaryIO,
-    entry: TensorEntry,
-    target: Target,
-    parameters: Parameters,
-    staging: bytearray,
-) -> Iterable[int]:
-    """Copy one tensor chunk by chunk; yields the bytes of each."""
-    source_dtype = _DTYPES[entry.dtype]
-    rows = parameters[target.parameter].narrow(0, target.row, target.rows)
-    # What must be turned round is read whole first.
-    whole = None if target.arrange is None else torch.empty(target.shape, dtype=rows.dtype)
-    destination = rows.reshape(-1) if whole is None else whole.view(-1)
-    chunk = CHUNK_BYTES - CHUNK_BYTES % source_dtype.itemsize
-    filled = 0
-    stream.seek(entry.begin)
-    while filled < destination.numel():
-        size = min(chunk, (destination.numel() - filled) * source_dtype.itemsize)
-        with memoryview(staging)[:size] as window:
-            _read_exactly(stream, window, entry)
-        count = size // source_dtype.itemsize
-        piece = torch.frombuffer(staging, dtype=source_dtype, count=count)
-        destination[filled : filled + count].copy_(piece)
-        filled += count
-        yield size
-    if whole is not None and target.arrange is not None:
-        rows.copy_(target.arrange(whole))
+class _Files:
+    """Descriptors of the files, opened once each; reading at an offset needs no others."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def descriptor(self, path: Path) -> int:
+        """The file's descriptor."""
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+            return self._open[path]
 
 
-def _read_exactly(stream: BinaryIO, window: memoryview, entry: TensorEntry) -> None:
-    at = 0
-    while at < len(window):
-        count = stream.readinto(window[at:])  # type: ignore[attr-defined]
-        if not count:
-            raise ModelError(f"{entry.file} became shorter while it was read; copy it again")
-        at += count
+class _Reader:
+    """Reads pieces; every thread has a buffer of its own."""
+
+    def __init__(
+        self,
+        entries: dict[str, TensorEntry],
+        targets: dict[str, Target],
+        parameters: Parameters,
+        files: _Files,
+    ) -> None:
+        self._entries = entries
+        self._targets = targets
+        self._parameters = parameters
+        self._files = files
+        self._own = threading.local()
+
+    def read(self, piece: _Piece) -> int:
+        """Put one piece where it belongs; the bytes that it took in the file."""
+        entry, target = self._entries[piece.name], self._targets[piece.name]
+        dtype = _DTYPES[entry.dtype]
+        size = piece.count * dtype.itemsize
+        buffer = self._buffer(size)
+        try:
+            with memoryview(buffer)[:size] as window:
+                self._fill(window, entry, entry.begin + piece.first * dtype.itemsize)
+        except OSError as error:
+            raise ModelError(f"{entry.file} cannot be read: {error.strerror}") from error
+        found = torch.frombuffer(buffer, dtype=dtype, count=piece.count)
+        rows = self._parameters[target.parameter].narrow(0, target.row, target.rows)
+        if target.arrange is None:
+            rows.reshape(-1)[piece.first : piece.first + piece.count].copy_(found)
+        else:
+            rows.copy_(target.arrange(found.view(target.shape).to(rows.dtype)))
+        return size
+
+    def _buffer(self, size: int) -> bytearray:
+        if len(getattr(self._own, "buffer", b"")) < size:
+            self._own.buffer = bytearray(max(size, CHUNK_BYTES))
+        buffer: bytearray = self._own.buffer
+        return buffer
+
+    def _fill(self, window: memoryview, entry: TensorEntry, offset: int) -> None:
+        descriptor, at = self._files.descriptor(entry.file), 0
+        while at < len(window):
+            count = os.preadv(descriptor, [window[at:]], offset + at)
+            if not count:
+                raise ModelError(f"{entry.file} became shorter while it was read; copy it again")
+            at += count
 
 
 def _names(names: list[str]) -> str:
