@@ -137,10 +137,10 @@ def rope(config: HfConfig, turning: int, section: HfConfig | None = None) -> Rop
 
 def _yarn(config: HfConfig, scaling: HfConfig, theta: float, factor: float) -> RopeSpec:
     original = _original(scaling, default=max_positions(config))
-    fast = scaling.number("beta_fast", above=0, default=32.0)
-    slow = scaling.number("beta_slow", above=0, default=1.0)
-    if theta == 1.0:
-        raise scaling.wrong("rope_theta", "must not be 1 for yarn")
+    fast = scaling.number("beta_fast", above=1e-6, default=32.0)
+    slow = scaling.number("beta_slow", above=1e-6, default=1.0)
+    if theta <= 1.0:
+        raise scaling.wrong("rope_theta", f"must be above 1 for yarn, not {theta}")
     return RopeSpec(
         theta=theta,
         kind="yarn",

@@ -49,8 +49,8 @@ def _yarn(frequency: torch.Tensor, rope: RopeSpec, rotary_dim: int) -> torch.Ten
 
     first, last = number(rope.beta_fast), number(rope.beta_slow)
     if rope.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, rotary_dim - 1)
+        first, last = float(math.floor(first)), float(math.ceil(last))
+    first, last = max(first, 0.0), min(last, rotary_dim - 1.0)
     width = last - first or 0.001
     stretched = ((torch.arange(len(frequency)) - first) / width).clamp(0, 1)
     return stretched * frequency / rope.factor + (1 - stretched) * frequency
