@@ -15,7 +15,7 @@ import msgspec
 
 from octavo.core.policy import PolicyFactory
 from octavo.errors import ConfigError
-from octavo.hub.repository import HubSettings, looks_like_reference
+from octavo.hub.repository import DEFAULT_TIMEOUT_S, HubSettings, looks_like_reference
 
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -351,7 +351,19 @@ def hub_settings(kind: str) -> HubSettings:
         Path(get("HF_HUB_CACHE") or home / "hub"),
         get("HF_TOKEN") or _text(home / "token").strip() or None,
         offline=get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes"),
+        timeout_s=_seconds("HF_HUB_DOWNLOAD_TIMEOUT", DEFAULT_TIMEOUT_S),
     )
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text or default)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 3600:
+        raise ConfigError(f"{name} must be in (0, 3600], got {text[:40]!r}")
+    return value
 
 
 def _endpoint(value: str) -> str:

@@ -114,6 +114,15 @@ def test_a_cut_connection_goes_on_where_it_broke(hub, kind, files, tmp_path):
     hub.cuts = []
 
 
+def test_a_silent_connection_counts_as_cut(hub, files, tmp_path):
+    hub.gate = threading.Event()
+    threading.Timer(0.5, lambda: (hub.gate.set(), setattr(hub, "gate", None))).start()
+    settings = HubSettings("hub", hub.url, tmp_path, timeout_s=0.2)
+    folder = fetch.fetch(parse_reference(NAME), settings, lambda _: None, check_servable)
+    assert all((folder / name).read_bytes() == files[name] for name in WANTED)
+    assert any(asked for _, asked in hub.fetched())
+
+
 def test_a_later_start_resumes(hub, kind, files, tmp_path, monkeypatch):
     monkeypatch.setattr(client, "MAX_ATTEMPTS", 1)
     monkeypatch.setattr(fetch, "PARALLEL_FILES", 1)
@@ -357,6 +366,13 @@ def test_settings_come_from_the_variables_that_the_hubs_clients_read(tmp_path, m
     assert found == HubSettings(
         "hub", "http://127.0.0.1:1", tmp_path / "hf/hub", "from-file", offline=True
     )
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "7")
+    assert hub_settings("hub").timeout_s == 7
+    for wrong in ("x", "0", "-1", "nan", "1e9"):
+        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", wrong)
+        with pytest.raises(ConfigError, match=r"HF_HUB_DOWNLOAD_TIMEOUT must be in"):
+            hub_settings("hub")
+    monkeypatch.delenv("HF_HUB_DOWNLOAD_TIMEOUT")
     monkeypatch.setenv("HF_TOKEN", "given")
     monkeypatch.setenv("MODELSCOPE_DOMAIN", "http://127.0.0.1:2")
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms"))

@@ -20,7 +20,6 @@ from octavo.hub.repository import RemoteFile
 
 CHUNK_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
-TIMEOUT_S = 30.0
 # Attempts in a row that bring no byte before the fetch is given up.
 MAX_ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5
@@ -56,9 +55,13 @@ class Client:
     """Speaks to one hub. `secrets` are headers that go to that hub's host alone."""
 
     def __init__(
-        self, secrets: Mapping[str, str], pause: Callable[[float], None] = time.sleep
+        self,
+        secrets: Mapping[str, str],
+        timeout_s: float,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._secrets = dict(secrets)
+        self._timeout_s = timeout_s
         self._pause = pause
         self._closed = False
         self._opener = urllib.request.build_opener(_Redirects())
@@ -133,7 +136,8 @@ class Client:
             if at and (response.status != 206 or not _begins_at(response, at)):
                 at = 0  # the server does not know ranges: from the start
                 out.truncate(0)
-            while chunk := response.read(CHUNK_BYTES):
+            # What has come, not a full chunk: nothing is lost when the rest never comes.
+            while chunk := response.read1(CHUNK_BYTES):
                 if self._closed:
                     raise FetchError(f"{file.name} was given up")
                 at += len(chunk)
@@ -162,7 +166,7 @@ class Client:
         for key, value in self._secrets.items():
             request.add_unredirected_header(key, value)
         try:
-            return self._opener.open(request, timeout=TIMEOUT_S)
+            return self._opener.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
             with error:
                 if error.code in _RETRIED:

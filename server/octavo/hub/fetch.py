@@ -35,7 +35,7 @@ def fetch(
     not be served anyway. `progress` gets the share of all bytes that is there.
     """
     progress(0.0)
-    client = Client(_secrets(settings))
+    client = Client(_secrets(settings), settings.timeout_s)
     try:
         if settings.offline:
             raise FetchError("HF_HUB_OFFLINE is set")

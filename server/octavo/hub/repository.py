@@ -12,6 +12,8 @@ from octavo.errors import ConfigError, FetchRefusedError, ModelError
 
 MAX_FILES = 100_000
 MAX_NAME_CHARS = 255
+# Without a byte for this long a connection counts as cut.
+DEFAULT_TIMEOUT_S = 30.0
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
 _REFERENCE = re.compile(rf"(?P<repository>(?:{_PART}/)?{_PART})(?:@(?P<revision>[^@]+))?")
@@ -56,6 +58,7 @@ class HubSettings:
     cache: Path
     token: str | None = None
     offline: bool = False
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 def parse_reference(text: str, revision: str | None = None) -> Reference:
