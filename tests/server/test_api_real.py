@@ -123,6 +123,43 @@ def test_a_broken_model_is_told_by_name(tmp_path: Path) -> None:
         assert "model.safetensors" in failure["message"]
 
 
+def test_seeded_samples_come_again_and_differ_from_each_other(server: ApiServer) -> None:
+    body = {"prompt": "the river is", "n": 3, "seed": 5, "max_tokens": 12, "logprobs": 2}
+    first, second = (server.http.post("/v1/completions", json=body).json() for _ in range(2))
+    texts = [c["text"] for c in first["choices"]]
+    assert len(set(texts)) == 3
+    assert first["choices"] == second["choices"]
+    for choice in first["choices"]:
+        found = choice["logprobs"]
+        assert "".join(found["tokens"]) == choice["text"]
+        tops = zip(found["token_logprobs"], found["top_logprobs"], strict=True)
+        assert all(own <= max(top.values()) <= 0 for own, top in tops)
+
+
+def test_samples_that_cannot_run_together_are_refused_and_cost_nothing(server: ApiServer) -> None:
+    free = server.load()["blocks"]["free"] + server.load()["blocks"]["cached"]
+    body = {"prompt": "a b c", "n": 8, "max_tokens": 1900}
+    answer = server.http.post("/v1/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert "8 samples" in answer.json()["error"]["message"]
+    nothing = {"prompt": "a", "allowed_token_ids": [5], "logit_bias": {"5": -100}, "max_tokens": 1}
+    assert server.http.post("/v1/completions", json=nothing).status_code == 200
+    answer = server.http.post("/v1/completions", json={**body, "max_tokens": 4})
+    assert len(answer.json()["choices"]) == 8
+
+    def idle() -> bool:
+        blocks = server.load()["blocks"]
+        return blocks["active"] == 0 and blocks["free"] + blocks["cached"] == free
+
+    eventually(idle, what="blocks back where they were")
+
+
+def test_without_max_tokens_samples_get_what_fits(server: ApiServer) -> None:
+    choices = ask(server, "Who are you?", n=4, max_tokens=None)["choices"]
+    assert [c["message"]["content"] for c in choices] == [choices[0]["message"]["content"]] * 4
+    assert {c["finish_reason"] for c in choices} == {"stop"}
+
+
 def test_the_engine_does_not_outlive_the_api(server: ApiServer) -> None:
     """The last test of this file: it kills the server."""
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")

@@ -119,7 +119,7 @@ def test_a_server_counts_what_it_did(tmp_path: Path) -> None:
         server.http.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 3})
         stop = {"prompt": [300, 301, 302], "stop_token_ids": [302]}
         server.http.post("/v1/completions", json=stop)
-        assert server.http.post("/v1/completions", json={"prompt": "a", "n": 2}).status_code == 400
+        assert server.http.post("/v1/completions", json={"prompt": "a", "n": 0}).status_code == 400
         found = scrape()
         prompt = usage["usage"]["prompt_tokens"] + 2 * 2 + 3
         assert value(found, "vllm:prompt_tokens_total") == prompt

@@ -141,7 +141,8 @@ class FakeEngine:
             del self.running[request_id, index]
             return wire.TokenOutput(request_id, [], "stop", stop_token_id=token, index=index)
         running.output.append(token)
-        reason = "length" if n + 1 == params.max_tokens else None
+        limit = params.max_tokens or self.args.context - len(prompt)
+        reason = "length" if n + 1 == limit else None
         if reason:
             del self.running[request_id, index]
         asked, of_prompt = params.logprobs, params.prompt_logprobs

@@ -214,6 +214,9 @@ def _prompt(
     max_tokens = 1 if echo_only else room if asked is None else asked
     try:
         params = body.sampling_params(max_tokens, engine.vocab_size, text.sampling_defaults)
+        if asked is None and params.n > 1:
+            # Not the context but the cache bounds what samples that run together can get.
+            params = msgspec.structs.replace(params, max_tokens=None)
         if params.bad_words:
             found = text.tokenizer.bad_word_ids(params.bad_words)
             params = msgspec.structs.replace(params, bad_words_ids=found)
