@@ -86,6 +86,25 @@ def test_what_is_needed_comes_whole_and_nothing_else(hub, kind, files, tmp_path)
     assert len(hub.fetched()) == before == len(WANTED)
 
 
+def test_the_model_s_own_code_comes_only_when_it_is_trusted(hub, kind, tmp_path):
+    settings = HubSettings(kind, hub.url, tmp_path)
+    reference = parse_reference(NAME)
+    assert visible(fetch.fetch(reference, settings, print, check_servable)) == WANTED
+    folder = fetch.fetch(reference, settings, print, check_servable, code=True)
+    assert visible(folder) == WANTED | {"run.py"}
+
+
+def test_a_model_for_the_transformers_back_end_is_fetched_too(hub, files, tmp_path):
+    from transformers import PersimmonConfig
+
+    config = PersimmonConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=96, architectures=["PersimmonForCausalLM"],
+    )  # fmt: skip
+    hub.add(NAME, {**files, "config.json": config.to_json_string().encode()})
+    assert visible(get(hub, "hub", tmp_path)) == WANTED
+
+
 def test_a_revision_is_pinned(hub, kind, files, tmp_path):
     old = hub.add(NAME, {**files, "config.json": files["config.json"] + b"\n"}, v1="")
     for reference in (f"{NAME}@v1", f"{NAME}@{old}"):

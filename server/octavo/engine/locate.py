@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,21 +24,21 @@ def locate(
         if config.revision is not None:
             raise ConfigError("--revision is for a hub's model; MODEL is a folder")
         return config
+    code = config.trust_remote_code
     folder = fetch(
         parse_reference(config.model, config.revision),
         hub_settings(kind),
         lambda ratio: progress("fetch", ratio),
-        check_servable,
+        functools.partial(check_servable, trust_remote_code=code),
+        code=code,
     )
     located(str(folder))
     return dataclasses.replace(config, model=str(folder), source="path", revision=None)
 
 
-def check_servable(folder: Path) -> None:
+def check_servable(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Raise for a model that no weights could make servable, by its config.json alone."""
-    # Late, since a family may bring torch, whose threads have to be bounded before it comes.
-    from octavo.models.hf_config import read_config
-    from octavo.models.registry import family_of
+    # Late, since this brings torch, whose threads have to be bounded before it comes.
+    from octavo.engine.model import check_config
 
-    config = read_config(folder)
-    family_of(config).translate(config)
+    check_config(folder, trust_remote_code=trust_remote_code)

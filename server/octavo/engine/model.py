@@ -78,16 +78,24 @@ class CheckedModel:
         return Decoder(self.spec, parameters, max_positions=max_positions, device=device)
 
 
-def check_model(folder: Path, *, trust_remote_code: bool = False) -> CheckedModel:
-    """Read config.json and the headers of the weights; raise what is wrong or not served."""
+def check_config(
+    folder: Path, *, trust_remote_code: bool = False
+) -> tuple[HfConfig, Family | None, DecoderSpec]:
+    """Read config.json alone; raise for what no weights could make servable."""
     config = read_config(folder)
     family = native_family(config)
     if family is None:
-        spec = _by_transformers(folder, config, trust_remote_code)
-        return CheckedModel(folder, config, spec, None, read_checkpoint(folder), trust_remote_code)
-    spec = family.translate(config)
-    entries = weights.with_prefix(read_checkpoint(folder), family.prefix)
-    weights.check_complete(entries, family.targets(spec), family.ignored)
+        return config, None, _by_transformers(folder, config, trust_remote_code)
+    return config, family, family.translate(config)
+
+
+def check_model(folder: Path, *, trust_remote_code: bool = False) -> CheckedModel:
+    """Read config.json and the headers of the weights; raise what is wrong or not served."""
+    config, family, spec = check_config(folder, trust_remote_code=trust_remote_code)
+    entries = read_checkpoint(folder)
+    if family is not None:
+        entries = weights.with_prefix(entries, family.prefix)
+        weights.check_complete(entries, family.targets(spec), family.ignored)
     return CheckedModel(folder, config, spec, family, entries, trust_remote_code)
 
 

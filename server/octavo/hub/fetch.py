@@ -28,11 +28,14 @@ def fetch(
     settings: HubSettings,
     progress: Callable[[float], None],
     check: Callable[[Path], None],
+    *,
+    code: bool = False,
 ) -> Path:
     """The folder with the model's files, fetched as far as they are not there yet.
 
     `check` sees the folder when all but the weights is in it, and raises for a model that could
-    not be served anyway. `progress` gets the share of all bytes that is there.
+    not be served anyway. `progress` gets the share of all bytes that is there. `code` says that
+    the model's own code is wanted too.
     """
     progress(0.0)
     client = Client(_secrets(settings), settings.timeout_s)
@@ -44,7 +47,7 @@ def fetch(
         raise
     except FetchError as error:
         return _from_cache(reference, settings, error, check)
-    wanted = choose(reference, listing.files)
+    wanted = choose(reference, listing.files, code=code)
     folder = listing.folder
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):

@@ -81,8 +81,11 @@ def looks_like_reference(text: str) -> bool:
     return found is not None and ".." not in text and "/" in found["repository"]
 
 
-def choose(reference: Reference, files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """The files to fetch, small ones first: texts and safetensors at the repository's top.
+def choose(
+    reference: Reference, files: Sequence[RemoteFile], *, code: bool = False
+) -> list[RemoteFile]:
+    """The files to fetch, small ones first: texts and safetensors at the repository's top, and the
+    model's own `code` only where it is asked for.
 
     Raises for a name that could leave the folder, and for a repository without safetensors.
     """
@@ -95,7 +98,8 @@ def choose(reference: Reference, files: Sequence[RemoteFile]) -> list[RemoteFile
     names = {file.name for file in weights}
     if SINGLE_NAME in names and INDEX_NAME not in {file.name for file in top}:
         weights = [file for file in weights if file.name == SINGLE_NAME]
-    texts = [file for file in top if file.name.endswith(_TEXTS)]
+    endings = (*_TEXTS, ".py") if code else _TEXTS
+    texts = [file for file in top if file.name.endswith(endings)]
     return sorted(texts, key=lambda f: f.size) + sorted(weights, key=lambda f: f.name)
 
 
