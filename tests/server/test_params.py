@@ -1,8 +1,12 @@
 """Parameters out of range are refused by name, with the allowed range."""
 
+import re
+from pathlib import Path
+
 import msgspec
 import pytest
 
+from octavo import params as limits
 from octavo.params import ParameterError, SamplingParams
 
 VOCAB = 100
@@ -74,3 +78,12 @@ def test_lists_and_lone_texts_become_tuples_and_survive_the_wire():
     for params in (given, full):
         packed = msgspec.msgpack.encode(params)
         assert msgspec.msgpack.decode(packed, type=SamplingParams) == params
+
+
+def test_every_parameter_is_documented():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "sampling.md").read_text()
+    internal = {"bad_words_ids", "use_beam_search", "length_penalty", "early_stopping"}
+    names = set(SamplingParams.__struct_fields__) - internal
+    assert {name for name in names if f"`{name}`" not in text} == set()
+    for limit in ("MAX_LOGIT_BIAS", "MAX_ALLOWED_TOKEN_IDS", "MAX_BAD_WORDS", "MAX_LOGPROBS"):
+        assert re.search(rf"\b{getattr(limits, limit)}\b", text), limit
