@@ -2,8 +2,11 @@
 
 import copy
 import dataclasses
+import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from octavo.core.step import ScheduledSequence, StepPlan
 from octavo.engine import weights
 from octavo.engine.batch import build_batch
 from octavo.errors import ModelError, OctavoError, UnsupportedModelError
+from octavo.model_shape import read_shape
 from octavo.models.decoder import Decoder, empty_parameters
 from octavo.models.hf_config import HfConfig, read_config
 from octavo.models.parameters import parameter_shapes
@@ -151,6 +155,26 @@ def test_every_parameter_is_filled_once(name) -> None:
         tensor = torch.ones(target.shape)
         rows += tensor if target.arrange is None else target.arrange(tensor)
     assert all(bool((tensor == 1).all()) for tensor in filled.values())
+
+
+@pytest.mark.parametrize("name", tiny_models.TINY)
+def test_the_memory_plan_sees_the_same_shape(name, tmp_path) -> None:
+    """`octavo plan` reads config.json by itself; both must agree on what the cache holds."""
+    config = config_of(name)
+    (tmp_path / "config.json").write_text(json.dumps(config.values))
+    shape, spec = read_shape(tmp_path), family_of(config).translate(config)
+    for field in ("num_layers", "num_kv_heads", "head_dim", "vocab_size", "max_positions"):
+        assert getattr(shape, field) == getattr(spec, field), field
+
+
+def test_the_compatibility_check_needs_no_torch() -> None:
+    program = (
+        "import sys, octavo.models.registry as r; print(len(r.FAMILIES), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(len(FAMILIES)), "False"]
 
 
 @pytest.mark.parametrize("name", tiny_models.TINY)
