@@ -225,3 +225,20 @@ def test_what_sharing_saves_is_what_theory_says():
             peak = max(peak, engine.scheduler.pool.counts.active)
         # The last token drawn never enters the cache: 96 tokens, 6 blocks each, 3 of them shared.
         assert peak == 3 + 3 * n
+
+
+def test_what_a_rebuilt_lead_filled_is_not_found_once_another_branch_writes_there():
+    """The lead of a rebuilt group fills the block in which the prompt ends, and may end first."""
+    for blocks in range(9, 20):
+        for shift in range(4):
+            engine = Engine(blocks=blocks, budget=7)
+            engine.add("old", TEXT[shift : shift + 5], max_tokens=25)
+            for _ in range(6):
+                engine.step()
+            engine.add("a", TEXT[20 : 26 + shift], n=2, max_tokens=9)
+            engine.add("b", TEXT[40:45], n=2, max_tokens=9 + shift)
+            wanted = {("old", 0): sample(TEXT[shift : shift + 5], 0, 25)}
+            for branch in range(2):
+                wanted["a", branch] = sample(TEXT[20 : 26 + shift], branch, 9)
+                wanted["b", branch] = sample(TEXT[40:45], branch, 9 + shift)
+            assert engine.finish() == wanted

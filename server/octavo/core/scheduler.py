@@ -24,6 +24,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import msgspec
+
 from octavo.core.beam import rebuild
 from octavo.core.block_pool import BlockPool
 from octavo.core.forecast import OutputLengths, expected_growth
@@ -44,8 +46,7 @@ _NO_TOKEN_TEXTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
+class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):
     """What a step brought one sequence. The update with a `finish_reason` is its last.
 
     `index` is the sequence's branch of the request, or the rank of a hypothesis of a beam search,
@@ -199,15 +200,18 @@ class Scheduler:
     def _continue(self, group: Group, draft: _Draft) -> bool:
         """Schedule a running group; False when budget or blocks did not suffice for all of it."""
         alone = len(group.branches) == 1
+        if not alone:
+            self._join_rebuilt(group)
         for branch in group.branches:
             pending = len(branch.tokens) - branch.computed
             if alone:
                 count = min(pending, draft.budget)
             else:
                 if branch is not group.lead and not branch.block_table:
-                    if not self._join(branch, group.lead):
-                        return False
-                    pending = branch.pending
+                    if branch.num_generated:
+                        return False  # the lead has not yet come to the prompt's end
+                    self._join(branch, group.lead, branch.num_prompt_tokens - 1)
+                    pending = 1
                 count = min(pending, self._share_of_budget(group, branch, draft))
             if pending == 0:
                 continue  # a branch of a beam search that waits for the others
@@ -231,25 +235,31 @@ class Scheduler:
             return branch.pending
         return min(draft.budget, branch.pending - 1)
 
-    def _join(self, branch: Sequence, lead: Sequence) -> bool:
-        """Share the lead's blocks of the prompt, once they are written or will be in this step.
+    def _join_rebuilt(self, group: Group) -> None:
+        """Let preempted branches go on from the prompt's end, where the lead is there again.
+
+        Before anything of the group is scheduled, so that whoever writes first sees the others.
+        """
+        lead, prompt = group.lead, group.lead.num_prompt_tokens
+        if lead.num_generated and lead.computed >= prompt:
+            for branch in group.branches:
+                if not branch.block_table:
+                    self._join(branch, lead, prompt)
+
+    def _join(self, branch: Sequence, lead: Sequence, computed: int) -> None:
+        """Share the lead's blocks of the prompt, which are written or will be in this step.
 
         At the end of the prompt each branch runs the last token for itself, to draw from it, but
-        does not write it: the lead does, in the same step, and writing comes before reading. Later,
-        when preempted branches are rebuilt, each goes on from the prompt's end by itself.
+        does not write it: the lead does, in the same step, and writing comes before reading.
         """
         prompt = branch.num_prompt_tokens
-        if branch.num_generated:
-            if lead.computed < prompt:
-                return False
-            branch.computed = prompt
-        else:
-            branch.computed = prompt - 1
-            branch.cached_tokens = lead.cached_tokens
-        branch.written = prompt
+        branch.computed, branch.written = computed, prompt
+        branch.cached_tokens = lead.cached_tokens
         branch.block_table = lead.block_table[: blocks_for(prompt, self.limits.block_size)]
         self.pool.share(branch.block_table)
-        return True
+        if prompt % self.limits.block_size:
+            # A rebuilt lead may have filled it: who writes here last does so in place.
+            self.pool.forget(branch.block_table[-1:])
 
     def _grow(self, group: Group, sequence: Sequence, count: int, draft: _Draft) -> bool:
         """Give a running sequence blocks for `count` more tokens, preempting later ones if need be.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from octavo.logprobs import TokenLogprobs
 from octavo.params import SamplingParams
 
@@ -14,8 +16,7 @@ NO_TOKEN = -1
 NOTHING_ALLOWED = -2
 
 
-@dataclass(slots=True, frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """One sequence's share of a step.
 
     `token_ids[i]` stands at position `start + i`; its keys and values go to slot
