@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ class HfConfig:
     def of_family(self, aliases: dict[str, str] | None = None, /, **defaults: Any) -> HfConfig:
         """The same object, read with a family's names and defaults."""
         return HfConfig(self.where, self.values, aliases or {}, defaults)
+
+    def without(self, key: str) -> HfConfig:
+        """The same object as if it had no such key."""
+        return replace(self, values={k: v for k, v in self.values.items() if k != key})
 
     def get(self, key: str) -> Any:
         """The value as it stands, or the family's default, or None."""

@@ -42,22 +42,13 @@ def translate_gemma3(config: HfConfig) -> DecoderSpec:
     config = _of_family(config, sliding_window=4096, rope_theta=1e6, rope_local_base_freq=1e4)
     every = config.integer("sliding_window_pattern", low=1, high=1 << 10, default=6)
     sliding = sliding_layers(config, lambda layer: (layer + 1) % every != 0)
-    flat = sections is None or not (
+    by_type = sections is not None and (
         sections.has("full_attention") or sections.has("sliding_attention")
     )
-    spec = _both_norms(
-        config
-        if flat
-        else HfConfig(
-            config.where,
-            {**config.values, "rope_parameters": None},
-            config.aliases,
-            config.defaults,
-        )
-    )
+    spec = _both_norms(config.without("rope_parameters") if by_type else config)
     far = spec.layers[0].rope
     near: RopeSpec | None = RopeSpec(theta=config.number("rope_local_base_freq", above=0))
-    if sections is not None and not flat:
+    if sections is not None and by_type:
         far, near = (
             rope(config, spec.rotary_dim, sections.section(kind)) if sections.has(kind) else usual
             for kind, usual in (("full_attention", far), ("sliding_attention", near))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from octavo.models.family import Family, llama_names
 from octavo.models.hf_config import HfConfig
 from octavo.models.hf_fields import (
@@ -51,7 +53,9 @@ def _qwen3(config: HfConfig) -> DecoderSpec:
     return decoder(config, qk_norm="head", qkv_bias=bias, output_bias=bias)
 
 
-def _windowed(config: HfConfig, spec: DecoderSpec, rule=None) -> DecoderSpec:  # type: ignore[no-untyped-def]
+def _windowed(
+    config: HfConfig, spec: DecoderSpec, rule: Callable[[int], bool] | None = None
+) -> DecoderSpec:
     if not config.flag("use_sliding_window", default=False):
         return spec
     first = config.integer("max_window_layers", low=0, high=1 << 10, default=28)
