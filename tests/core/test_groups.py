@@ -16,7 +16,9 @@ TEXT = [3 * i % VOCAB for i in range(64)]
 class Engine:
     """A scheduler with a fake model that reads its context back from the blocks."""
 
-    def __init__(self, *, blocks=64, block_size=4, budget=64, seqs=8, caching=True, eos=()):
+    def __init__(
+        self, *, blocks=64, block_size=4, budget=64, seqs=8, caching=True, eos=(), policy="fcfs"
+    ):
         limits = Limits(
             block_size=block_size,
             max_model_len=128,
@@ -26,7 +28,7 @@ class Engine:
             eos_token_ids=frozenset(eos),
             enable_prefix_caching=caching,
         )
-        self.scheduler = Scheduler(BlockPool(blocks), PolicyFactory.get_policy("fcfs"), limits)
+        self.scheduler = Scheduler(BlockPool(blocks), PolicyFactory.get_policy(policy), limits)
         self.scheduler.output_lengths.mean = 0
         self.runner = FakeRunner(
             "", device="", dtype="", max_model_len=128, block_size=block_size,
@@ -36,9 +38,9 @@ class Engine:
         self.outputs = {}
         self.computed = 0
 
-    def add(self, name, prompt, n=1, max_tokens=8, **asked):
+    def add(self, name, prompt, n=1, max_tokens=8, priority=0, **asked):
         asked = SamplingParams(n=n, max_tokens=max_tokens, **asked)
-        self.scheduler.add(name, list(prompt), asked)
+        self.scheduler.add(name, list(prompt), asked, priority=priority)
 
     def step(self):
         plan = self.scheduler.plan()
@@ -229,16 +231,19 @@ def test_what_sharing_saves_is_what_theory_says():
 
 def test_what_a_rebuilt_lead_filled_is_not_found_once_another_branch_writes_there():
     """The lead of a rebuilt group fills the block in which the prompt ends, and may end first."""
-    for blocks in range(9, 20):
-        for shift in range(4):
-            engine = Engine(blocks=blocks, budget=7)
-            engine.add("old", TEXT[shift : shift + 5], max_tokens=25)
-            for _ in range(6):
-                engine.step()
-            engine.add("a", TEXT[20 : 26 + shift], n=2, max_tokens=9)
-            engine.add("b", TEXT[40:45], n=2, max_tokens=9 + shift)
-            wanted = {("old", 0): sample(TEXT[shift : shift + 5], 0, 25)}
-            for branch in range(2):
-                wanted["a", branch] = sample(TEXT[20 : 26 + shift], branch, 9)
-                wanted["b", branch] = sample(TEXT[40:45], branch, 9 + shift)
-            assert engine.finish() == wanted
+    engine = Engine(blocks=11, block_size=16, budget=8, seqs=5, policy="priority")
+    requests = [
+        ([7] * 10, 3, 5, 1, 4),
+        ([7, 9], 1, 38, -1, 0),
+        ([9, 9, 3, 10, 5, 4, 9, 1, 9, 0, 6, 6, 0, 0, 0, 10, 9, 1, 5], 1, 21, 0, 0),
+        ([7] * 9 + [0, 0, 1], 3, 25, 1, 4),
+        ([7] * 9 + [1, 0], 1, 2, -1, 0),
+        ([0, 6, 9, 6, 7, 5, 1], 3, 2, 1, 1),
+    ]
+    wanted = {}
+    for i, (prompt, n, max_tokens, priority, steps) in enumerate(requests):
+        engine.add(f"r{i}", prompt, n=n, max_tokens=max_tokens, priority=priority)
+        wanted |= {(f"r{i}", b): sample(prompt, b, max_tokens) for b in range(n)}
+        for _ in range(steps):
+            engine.step()
+    assert engine.finish() == wanted
