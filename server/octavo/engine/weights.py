@@ -154,6 +154,7 @@ class _Reader:
         self._own = threading.local()
 
     @torch.inference_mode()  # which a thread does not take over from the one that started it
+    def read(self, piece: _Piece) -> int:
         """Put one piece where it belongs; the bytes that it took in the file."""
         entry, target = self._entries[piece.name], self._targets[piece.name]
         dtype = _DTYPES[entry.dtype]
