@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -59,7 +60,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.failed and isinstance(found, Cluster):
         made = fixtures.get("bench")
         namespaces = [SYSTEM_NAMESPACE, *([made.namespace] if isinstance(made, Bench) else [])]
-        report.sections.append(("the cluster at the time", _evidence(found, namespaces)))
+        try:
+            said = _evidence(found, namespaces)
+        except (ClusterError, httpx.HTTPError) as error:
+            said = f"the cluster does not answer any more: {error}"
+        report.sections.append(("the cluster at the time", said))
     return report
 
 

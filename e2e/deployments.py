@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from kube import Cluster, ClusterError, Json, alive, conditions, is_ready, wait_until
+from tinymodel import tasks
 
 RELEASE, SYSTEM_NAMESPACE = "octavo-e2e", "octavo-e2e-system"
 PREFIX = "octavo-e2e-"
@@ -24,6 +25,11 @@ SHORT_WINDOWS = {
     "up": {"windowSeconds": 0, "maxPods": 4, "periodSeconds": 5},
     "down": {"windowSeconds": 10, "maxPods": 1, "periodSeconds": 5},
 }
+
+# Against that pool: clients whose answers differ in length, so that they do not end together, and
+# need about 150 blocks at any time where one replica may use 51.
+CLIENTS = 16
+COUNTS = [tasks.count_task(a, a + 50 + 17 * n % 60) for n, a in enumerate(range(100, 180, 5))]
 
 
 def manifest(name: str, uri: str = TINY, **spec: Any) -> Json:

@@ -6,16 +6,22 @@ import time
 
 import pytest
 
-from deployments import SHORT_WINDOWS, SMALL_POOL, Bench, keep_looking, manifest, restart_operator
+from deployments import (
+    CLIENTS,
+    COUNTS,
+    SHORT_WINDOWS,
+    SMALL_POOL,
+    Bench,
+    keep_looking,
+    manifest,
+    restart_operator,
+)
 from kube import alive, wait_until
 from load import Load, stream_answer
 from scaling import ScaleWatch
 from tinymodel import tasks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
-
-COUNTS = [tasks.count_task(a, a + 60) for a in range(100, 160, 5)]
-CLIENTS = 12
 
 
 @pytest.fixture
