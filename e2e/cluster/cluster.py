@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from e2e.cluster.steps import say, step, wait_until
 
 PLANE = ControlPlane(CLUSTER, whole=True)
 NODE = Node(CLUSTER)
+# While this file is there, what runs is about to end.
+STOPPING = CLUSTER.run / "stopping"
 FORMER_SYSCTLS = CLUSTER.root / "former-sysctls.json"
 
 
@@ -37,6 +40,10 @@ def up(*, take_over: bool) -> None:
     with owner.only_one(LOCK):
         owner.claim(OWNER_FILE, CHECKOUT, take_over=take_over)
         CLUSTER.prepare()
+        if STOPPING.exists():
+            with step("finish an interrupted `down`"):
+                NODE.end()
+            STOPPING.unlink()
         with step("bridge and control groups"):
             network.up(FORMER_SYSCTLS)
             kernel.create_group()
@@ -55,12 +62,15 @@ def _start(daemon: Daemon) -> bool:
     return processes.ensure(daemon, CLUSTER.root, CLUSTER.logs)
 
 
+def _all_run(*daemons: Daemon) -> Callable[[], None]:
+    return processes.all_run(daemons, CLUSTER.root, CLUSTER.logs)
+
+
 def _start_runtime() -> None:
     with step("containerd"):
         daemon = NODE.containerd()
         _start(daemon)
-        death = processes.obituary(daemon, CLUSTER.root, CLUSTER.logs)
-        wait_until(NODE.runtime_answers, "containerd", timeout=60, alive=death)
+        wait_until(NODE.runtime_answers, "containerd", timeout=60, check=_all_run(daemon))
         NODE.import_pause()
 
 
@@ -73,8 +83,7 @@ def _start_registry() -> None:
                 f"find it with `ss -ltnp 'sport = :{registry.PORT}'` and end it"
             )
         _start(daemon)
-        death = processes.obituary(daemon, CLUSTER.root, CLUSTER.logs)
-        wait_until(registry.answers, "the image registry", timeout=20, alive=death)
+        wait_until(registry.answers, "the image registry", timeout=20, check=_all_run(daemon))
 
 
 def _start_rest(api: Api) -> None:
@@ -89,12 +98,12 @@ def _start_rest(api: Api) -> None:
             _start(daemon)
     with step("node Ready"):
         everything = [*controlplane.controllers(CLUSTER), *agents]
-        deaths = [processes.obituary(d, CLUSTER.root, CLUSTER.logs) for d in everything]
         wait_until(
             lambda: NODE.ready(api) and _dns_ready() and _can_run_pods(api),
-            "a Ready node, DNS and the default service account", timeout=90,
-            alive=lambda: next((text for death in deaths if (text := death())), None),
-        )  # fmt: skip
+            "a Ready node, DNS and the default service account",
+            timeout=90,
+            check=_all_run(*everything),
+        )
 
 
 def _dns_ready() -> bool:
@@ -115,6 +124,9 @@ def down(*, purge: bool) -> None:
         if not CLUSTER.root.exists():
             say("cluster: nothing to bring down")
             return
+        owner.require(OWNER_FILE, CHECKOUT)
+        CLUSTER.prepare()
+        STOPPING.touch()
         with step("pods and daemons"):
             NODE.end()
         with step("network"):
