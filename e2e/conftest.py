@@ -30,10 +30,13 @@ def cluster() -> Iterator[Cluster]:
     except ClusterError as error:
         pytest.exit(f"no cluster to test on: {error}", returncode=3)
     try:
-        make_room(found, RELEASE)
-        for name in suite_namespaces(found):
-            found.kubectl("delete", "namespace", name, timeout=180)
-        found.install_chart(RELEASE, SYSTEM_NAMESPACE)
+        try:
+            make_room(found, RELEASE)
+            for name in suite_namespaces(found):
+                found.kubectl("delete", "namespace", name, timeout=180)
+            found.install_chart(RELEASE, SYSTEM_NAMESPACE)
+        except ClusterError as error:
+            pytest.exit(f"the chart cannot be tested here: {error}", returncode=3)
         yield found
         found.remove_release(RELEASE, SYSTEM_NAMESPACE, *suite_namespaces(found))
     finally:
