@@ -11,7 +11,7 @@ from pathlib import Path
 from e2e.cluster import binaries, controlplane, doctor, kernel, network, owner, processes, registry
 from e2e.cluster.api import Api
 from e2e.cluster.controlplane import BRIDGE_ADDRESS, ControlPlane
-from e2e.cluster.errors import ClusterError
+from e2e.cluster.errors import ClusterError, DaemonEndedError
 from e2e.cluster.node import Node
 from e2e.cluster.paths import CHECKOUT, CLUSTER, LOCK, OWNER_FILE
 from e2e.cluster.processes import Daemon
@@ -44,18 +44,30 @@ def up(*, take_over: bool) -> None:
             with step("finish an interrupted `down`"):
                 NODE.end()
             STOPPING.unlink()
-        with step("bridge and control groups"):
-            network.up(FORMER_SYSCTLS)
-            kernel.create_group()
-        NODE.configure()
-        with ThreadPoolExecutor() as pool:
-            head = pool.submit(PLANE.up)
-            parts = [pool.submit(part) for part in (_start_runtime, _start_registry)]
-            api = head.result()
-            for part in parts:
-                part.result()
-        _start_rest(api)
+        adopted = bool(processes.daemons(CLUSTER.root))
+        try:
+            _bring_up()
+        except DaemonEndedError as error:
+            if not adopted:
+                raise
+            say(f"  {error.name} was about to end: ending the rest, then all of it anew")
+            NODE.end()
+            _bring_up()
     say(f"cluster up; export KUBECONFIG={CLUSTER.kubeconfig}")
+
+
+def _bring_up() -> None:
+    with step("bridge and control groups"):
+        network.up(FORMER_SYSCTLS)
+        kernel.create_group()
+    NODE.configure()
+    with ThreadPoolExecutor() as pool:
+        head = pool.submit(PLANE.up)
+        parts = [pool.submit(part) for part in (_start_runtime, _start_registry)]
+        api = head.result()
+        for part in parts:
+            part.result()
+    _start_rest(api)
 
 
 def _start(daemon: Daemon) -> bool:

@@ -102,6 +102,7 @@ class ControlPlane:
             except DaemonEndedError as error:
                 # What we found running was about to end, or etcd cannot read what it finds.
                 say(f"  {error.name} ended; starting once more")
+                self._end()
                 if error.name == "etcd" and not adopted:
                     self._set_data_aside()
                 self._start(ports, api)
@@ -190,11 +191,13 @@ class ControlPlane:
             ),
         )
 
+    def _end(self) -> None:
+        wanted = ("kube-apiserver", "etcd")
+        processes.stop(p for p in processes.of_state(self.state.root) if p.name in wanted)
+
     def down(self, *, purge: bool) -> None:
         """End both; with `purge` forget everything they knew."""
-        wanted = ("kube-apiserver", "etcd")
-        found = [p for p in processes.of_state(self.state.root) if p.name in wanted]
-        processes.stop(found)
+        self._end()
         if purge and self.state.root.exists():
             shutil.rmtree(self.state.root)
         say(f"control plane in {self.state.root}: down" + (", state removed" if purge else ""))
