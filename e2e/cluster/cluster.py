@@ -38,7 +38,8 @@ def up(*, take_over: bool) -> None:
         )
     binaries.build()
     with owner.only_one(LOCK):
-        owner.claim(OWNER_FILE, CHECKOUT, take_over=take_over)
+        idle = not processes.daemons(CLUSTER.root)  # its processes ended without a `down`
+        owner.claim(OWNER_FILE, CHECKOUT, take_over=take_over or idle)
         CLUSTER.prepare()
         if STOPPING.exists():
             with step("finish an interrupted `down`"):
