@@ -45,13 +45,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def bench(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """A namespace for one module, deleted afterwards."""
+    """A namespace for one module, deleted afterwards while the next module begins."""
     module = request.module.__name__.rsplit(".", 1)[-1].removeprefix("test_").replace("_", "-")
     made = Bench(cluster, f"{PREFIX}{module}")
-    cluster.kubectl("delete", "namespace", made.namespace, "--ignore-not-found", timeout=180)
+    made.close()
     cluster.ensure_namespace(made.namespace)
     yield made
-    made.close()
+    made.close(wait=False)
 
 
 @pytest.hookimpl(wrapper=True)

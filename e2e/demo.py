@@ -216,6 +216,7 @@ def run_demo(steps: Steps, result: dict[str, Any]) -> list[str]:
     with steps.step("images built and pushed"):
         build_images()
     cluster = connect()
+    result["kubernetes"] = (cluster.get("/version") or {}).get("gitVersion")
     try:
         with steps.step("chart installed, operator running"):
             make_room(cluster, DEMO_RELEASE)
