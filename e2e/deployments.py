@@ -23,7 +23,7 @@ SMALL_POOL = {"numKvBlocks": 64, "maxModelLen": 768}
 SHORT_WINDOWS = {
     "intervalSeconds": 1,
     "up": {"windowSeconds": 0, "maxPods": 4, "periodSeconds": 5},
-    "down": {"windowSeconds": 10, "maxPods": 1, "periodSeconds": 5},
+    "down": {"windowSeconds": 15, "maxPods": 1, "periodSeconds": 5},
 }
 
 # Against that pool: clients whose answers differ in length, so that they do not end together, and
