@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -29,10 +30,13 @@ def cluster() -> Iterator[Cluster]:
     except ClusterError as error:
         pytest.exit(f"no cluster to test on: {error}", returncode=3)
     try:
-        make_room(found, RELEASE)
-        for name in suite_namespaces(found):
-            found.kubectl("delete", "namespace", name, timeout=180)
-        found.install_chart(RELEASE, SYSTEM_NAMESPACE)
+        try:
+            make_room(found, RELEASE)
+            for name in suite_namespaces(found):
+                found.kubectl("delete", "namespace", name, timeout=180)
+            found.install_chart(RELEASE, SYSTEM_NAMESPACE)
+        except ClusterError as error:
+            pytest.exit(f"the chart cannot be tested here: {error}", returncode=3)
         yield found
         found.remove_release(RELEASE, SYSTEM_NAMESPACE, *suite_namespaces(found))
     finally:
@@ -41,13 +45,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def bench(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """A namespace for one module, deleted afterwards."""
+    """A namespace for one module, deleted afterwards while the next module begins."""
     module = request.module.__name__.rsplit(".", 1)[-1].removeprefix("test_").replace("_", "-")
     made = Bench(cluster, f"{PREFIX}{module}")
-    cluster.kubectl("delete", "namespace", made.namespace, "--ignore-not-found", timeout=180)
+    made.close()
     cluster.ensure_namespace(made.namespace)
     yield made
-    made.close()
+    made.close(wait=False)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,7 +63,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.failed and isinstance(found, Cluster):
         made = fixtures.get("bench")
         namespaces = [SYSTEM_NAMESPACE, *([made.namespace] if isinstance(made, Bench) else [])]
-        report.sections.append(("the cluster at the time", _evidence(found, namespaces)))
+        try:
+            said = _evidence(found, namespaces)
+        except (ClusterError, httpx.HTTPError) as error:
+            said = f"the cluster does not answer any more: {error}"
+        report.sections.append(("the cluster at the time", said))
     return report
 
 

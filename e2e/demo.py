@@ -21,6 +21,8 @@ from typing import Any
 
 from cluster_access import bring_up, build_images, connect
 from deployments import (
+    CLIENTS,
+    COUNTS,
     DEMO_NAMESPACE,
     DEMO_RELEASE,
     DEMO_SYSTEM_NAMESPACE,
@@ -45,8 +47,6 @@ LIMITS = {
 }
 QUESTION = tasks.sum_task(17, 25)
 
-CLIENTS = 12
-COUNTS = [tasks.count_task(a, a + 60) for a in range(100, 160, 5)]
 HOLD_S = 8.0
 
 
@@ -216,6 +216,7 @@ def run_demo(steps: Steps, result: dict[str, Any]) -> list[str]:
     with steps.step("images built and pushed"):
         build_images()
     cluster = connect()
+    result["kubernetes"] = (cluster.get("/version") or {}).get("gitVersion")
     try:
         with steps.step("chart installed, operator running"):
             make_room(cluster, DEMO_RELEASE)

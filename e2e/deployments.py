@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 
-from kube import Cluster, ClusterError, Json, alive, conditions, is_ready, wait_until
+from kube import CRD, Cluster, ClusterError, Json, alive, conditions, is_ready, wait_until
+from tinymodel import tasks
 
 RELEASE, SYSTEM_NAMESPACE = "octavo-e2e", "octavo-e2e-system"
 PREFIX = "octavo-e2e-"
@@ -22,8 +23,13 @@ SMALL_POOL = {"numKvBlocks": 64, "maxModelLen": 768}
 SHORT_WINDOWS = {
     "intervalSeconds": 1,
     "up": {"windowSeconds": 0, "maxPods": 4, "periodSeconds": 5},
-    "down": {"windowSeconds": 10, "maxPods": 1, "periodSeconds": 5},
+    "down": {"windowSeconds": 15, "maxPods": 1, "periodSeconds": 5},
 }
+
+# Against that pool: clients whose answers differ in length, so that they do not end together, and
+# need about 150 blocks at any time where one replica may use 51.
+CLIENTS = 16
+COUNTS = [tasks.count_task(a, a + 50 + 17 * n % 60) for n, a in enumerate(range(100, 180, 5))]
 
 
 def manifest(name: str, uri: str = TINY, **spec: Any) -> Json:
@@ -132,10 +138,17 @@ class Bench:
             and len(self.pods(name)) == len(self.ready_pods(name)) == pods
         )
 
-    def close(self) -> None:
-        """Delete the namespace."""
+    def close(self, *, wait: bool = True) -> None:
+        """Delete the namespace with all that is in it."""
         self.cluster.kubectl(
-            "delete", "namespace", self.namespace, "--ignore-not-found", timeout=180
+            *(
+                "delete",
+                "namespace",
+                self.namespace,
+                "--ignore-not-found",
+                f"--wait={wait}".lower(),
+            ),
+            timeout=180,
         )
 
 
@@ -153,6 +166,22 @@ def make_room(cluster: Cluster, release: str) -> None:
         print(f"  removing release {found} of namespace {namespace}", flush=True)
         demo = (DEMO_NAMESPACE,) if namespace == DEMO_SYSTEM_NAMESPACE else ()
         cluster.remove_release(found, namespace, *demo, *suite_namespaces(cluster))
+    _drop_kept_crd(cluster, release)
+
+
+def _drop_kept_crd(cluster: Cluster, release: str) -> None:
+    """A definition that an uninstalled release kept would not let another one take its place."""
+    crd = cluster.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{CRD}")
+    annotations = (crd or {}).get("metadata", {}).get("annotations", {})
+    holder = annotations.get("meta.helm.sh/release-name", "nobody")
+    if crd is None or holder == release:
+        return
+    if not cluster.own:
+        raise ClusterError(
+            f"{CRD} is there already and belongs to {holder}: delete it, with every LLMService, "
+            f"or take another cluster"
+        )
+    cluster.kubectl("delete", "crd", CRD, "--timeout=60s")
 
 
 def suite_namespaces(cluster: Cluster) -> list[str]:

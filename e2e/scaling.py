@@ -132,13 +132,14 @@ class ScaleWatch:
             self.error = error
 
     def _look(self) -> None:
+        # Pods first: the operator writes its decision before it acts, so the later read has it.
+        pods = self.cluster.pods(self.namespace, self.name)
         found = self.cluster.service(self.namespace, self.name)
         if found is None:
             raise ClusterError(f"LLMService {self.namespace}/{self.name} is gone")
-        pods = self.cluster.pods(self.namespace, self.name)
         now = time.time()
-        self._note_pods(pods, now)
         self._note_decision(_last_decision(found), now)
+        self._note_pods(pods, now)
         if self.story.pressure is None and "autoscaling" in found["spec"]:
             self._note_pressure(found["spec"], pods)
 

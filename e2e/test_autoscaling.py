@@ -6,16 +6,22 @@ import time
 
 import pytest
 
-from deployments import SHORT_WINDOWS, SMALL_POOL, Bench, keep_looking, manifest, restart_operator
+from deployments import (
+    CLIENTS,
+    COUNTS,
+    SHORT_WINDOWS,
+    SMALL_POOL,
+    Bench,
+    keep_looking,
+    manifest,
+    restart_operator,
+)
 from kube import alive, wait_until
 from load import Load, stream_answer
 from scaling import ScaleWatch
 from tinymodel import tasks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
-
-COUNTS = [tasks.count_task(a, a + 60) for a in range(100, 160, 5)]
-CLIENTS = 12
 
 
 @pytest.fixture
@@ -39,20 +45,29 @@ def test_from_apply_to_the_first_token(bench: Bench) -> None:
 
 
 def test_replicas_rise_under_load_and_fall(bench: Bench, elastic: str) -> None:
-    """1 → 3 → 1, every answer right, no request failed, and quickly enough."""
+    """1 → 3 → 1, every answer right, no request failed, and quickly enough.
+
+    A few clients go on while the replicas go: what leaves must not take a request with it.
+    """
     watch = ScaleWatch(bench.cluster, bench.namespace, elastic).start()
     load = Load(bench.url(elastic), elastic, COUNTS, clients=CLIENTS).start()
     try:
         wait_until(lambda: len(bench.ready_pods(elastic)) == 3, "3 ready replicas", timeout=90)
         time.sleep(5)
+        rest = Load(bench.url(elastic), elastic, COUNTS[:3], clients=2).start()
         load.stop()
-        wait_until(lambda: len(bench.pods(elastic)) == 1, "back to one replica", timeout=120)
-        time.sleep(1)  # the watch's last look
+        try:
+            wait_until(lambda: len(bench.pods(elastic)) == 1, "back to one replica", timeout=120)
+            time.sleep(1)  # the watch's last look
+        finally:
+            rest.stop()
     finally:
-        tally = load.stop()
+        load.stop()
         story = watch.stop()
-    assert (tally.failed, tally.wrong) == (0, 0), tally
-    assert tally.right == tally.sent > CLIENTS
+    for tally in (load.tally, rest.tally):
+        print(tally)
+        assert (tally.failed, tally.wrong) == (0, 0), tally
+        assert tally.right == tally.sent > 0
     assert story.rose_and_fell(1, 3), story.ready_counts
     assert all(decision.reason for decision in story.decisions)
     decided, ready = story.pressure_to_decision(), story.decision_to_ready()

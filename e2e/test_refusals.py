@@ -91,8 +91,9 @@ def spoilt_models(bench: Bench) -> Iterator[str]:
     listed = {"apiVersion": "v1", "kind": "List", "items": objects}
     bench.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(listed))
     yield CLAIM
+    bench.cluster.kubectl("delete", "llmsvc", "--all", "--namespace", bench.namespace)
     for name in bench.services:
-        bench.delete(name)
+        wait_until(lambda name=name: not bench.pods(name), f"{name} is gone", timeout=90)
     bench.cluster.kubectl("delete", "pvc", CLAIM, "--namespace", bench.namespace)
     bench.cluster.kubectl("delete", "pv", volume)
     shutil.rmtree(folder)

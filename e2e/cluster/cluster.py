@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from e2e.cluster import binaries, controlplane, doctor, kernel, network, owner, processes, registry
 from e2e.cluster.api import Api
 from e2e.cluster.controlplane import BRIDGE_ADDRESS, ControlPlane
-from e2e.cluster.errors import ClusterError
+from e2e.cluster.errors import ClusterError, DaemonEndedError
 from e2e.cluster.node import Node
 from e2e.cluster.paths import CHECKOUT, CLUSTER, LOCK, OWNER_FILE
 from e2e.cluster.processes import Daemon
@@ -18,6 +19,8 @@ from e2e.cluster.steps import say, step, wait_until
 
 PLANE = ControlPlane(CLUSTER, whole=True)
 NODE = Node(CLUSTER)
+# While this file is there, what runs is about to end.
+STOPPING = CLUSTER.run / "stopping"
 FORMER_SYSCTLS = CLUSTER.root / "former-sysctls.json"
 
 
@@ -35,32 +38,52 @@ def up(*, take_over: bool) -> None:
         )
     binaries.build()
     with owner.only_one(LOCK):
-        owner.claim(OWNER_FILE, CHECKOUT, take_over=take_over)
+        idle = not processes.daemons(CLUSTER.root)  # its processes ended without a `down`
+        owner.claim(OWNER_FILE, CHECKOUT, take_over=take_over or idle)
         CLUSTER.prepare()
-        with step("bridge and control groups"):
-            network.up(FORMER_SYSCTLS)
-            kernel.create_group()
-        NODE.configure()
-        with ThreadPoolExecutor() as pool:
-            head = pool.submit(PLANE.up)
-            parts = [pool.submit(part) for part in (_start_runtime, _start_registry)]
-            api = head.result()
-            for part in parts:
-                part.result()
-        _start_rest(api)
+        if STOPPING.exists():
+            with step("finish an interrupted `down`"):
+                NODE.end()
+            STOPPING.unlink()
+        adopted = bool(processes.daemons(CLUSTER.root))
+        try:
+            _bring_up()
+        except DaemonEndedError as error:
+            if not adopted:
+                raise
+            say(f"  {error.name} was about to end: ending the rest, then all of it anew")
+            NODE.end()
+            _bring_up()
     say(f"cluster up; export KUBECONFIG={CLUSTER.kubeconfig}")
+
+
+def _bring_up() -> None:
+    with step("bridge and control groups"):
+        network.up(FORMER_SYSCTLS)
+        kernel.create_group()
+    NODE.configure()
+    with ThreadPoolExecutor() as pool:
+        head = pool.submit(PLANE.up)
+        parts = [pool.submit(part) for part in (_start_runtime, _start_registry)]
+        api = head.result()
+        for part in parts:
+            part.result()
+    _start_rest(api)
 
 
 def _start(daemon: Daemon) -> bool:
     return processes.ensure(daemon, CLUSTER.root, CLUSTER.logs)
 
 
+def _all_run(*daemons: Daemon) -> Callable[[], None]:
+    return processes.all_run(daemons, CLUSTER.root, CLUSTER.logs)
+
+
 def _start_runtime() -> None:
     with step("containerd"):
         daemon = NODE.containerd()
         _start(daemon)
-        death = processes.obituary(daemon, CLUSTER.root, CLUSTER.logs)
-        wait_until(NODE.runtime_answers, "containerd", timeout=60, alive=death)
+        wait_until(NODE.runtime_answers, "containerd", timeout=60, check=_all_run(daemon))
         NODE.import_pause()
 
 
@@ -73,8 +96,7 @@ def _start_registry() -> None:
                 f"find it with `ss -ltnp 'sport = :{registry.PORT}'` and end it"
             )
         _start(daemon)
-        death = processes.obituary(daemon, CLUSTER.root, CLUSTER.logs)
-        wait_until(registry.answers, "the image registry", timeout=20, alive=death)
+        wait_until(registry.answers, "the image registry", timeout=20, check=_all_run(daemon))
 
 
 def _start_rest(api: Api) -> None:
@@ -89,12 +111,12 @@ def _start_rest(api: Api) -> None:
             _start(daemon)
     with step("node Ready"):
         everything = [*controlplane.controllers(CLUSTER), *agents]
-        deaths = [processes.obituary(d, CLUSTER.root, CLUSTER.logs) for d in everything]
         wait_until(
             lambda: NODE.ready(api) and _dns_ready() and _can_run_pods(api),
-            "a Ready node, DNS and the default service account", timeout=90,
-            alive=lambda: next((text for death in deaths if (text := death())), None),
-        )  # fmt: skip
+            "a Ready node, DNS and the default service account",
+            timeout=90,
+            check=_all_run(*everything),
+        )
 
 
 def _dns_ready() -> bool:
@@ -115,6 +137,9 @@ def down(*, purge: bool) -> None:
         if not CLUSTER.root.exists():
             say("cluster: nothing to bring down")
             return
+        owner.require(OWNER_FILE, CHECKOUT)
+        CLUSTER.prepare()
+        STOPPING.touch()
         with step("pods and daemons"):
             NODE.end()
         with step("network"):

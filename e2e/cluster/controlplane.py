@@ -15,7 +15,7 @@ from pathlib import Path
 
 from e2e.cluster import binaries, pki, processes
 from e2e.cluster.api import Api
-from e2e.cluster.errors import ClusterError
+from e2e.cluster.errors import ClusterError, DaemonEndedError
 from e2e.cluster.paths import State
 from e2e.cluster.processes import Daemon
 from e2e.cluster.steps import say, step, wait_until
@@ -85,6 +85,7 @@ class ControlPlane:
     def up(self) -> Api:
         """Start what does not run; returns when the API server is ready."""
         self.state.prepare()
+        adopted = bool(processes.daemons(self.state.root))
         pki.create(self.state.pki)
         policy = self.state.config / "audit-policy.json"
         pki.write_private(policy, json.dumps(AUDIT_POLICY))
@@ -96,8 +97,24 @@ class ControlPlane:
             pki.write_private(path, pki.kubeconfig(self.state.pki, client, server))
         pki.write_private(self.state.kubeconfig, pki.kubeconfig(self.state.pki, "admin", server))
         with step("etcd and kube-apiserver ready"):
-            self._start(ports, api)
+            try:
+                self._start(ports, api)
+            except DaemonEndedError as error:
+                # What we found running was about to end, or etcd cannot read what it finds.
+                say(f"  {error.name} ended; starting once more")
+                self._end()
+                if error.name == "etcd" and not adopted:
+                    self._set_data_aside()
+                self._start(ports, api)
         return api
+
+    def _set_data_aside(self) -> None:
+        """A store that a crash of the machine has torn must not stop the next cluster."""
+        data, aside = self.state.root / "etcd", self.state.root / "etcd.damaged"
+        if data.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            data.rename(aside)
+            say(f"  the cluster's objects could not be read: beginning without any, see {aside}")
 
     def _ports(self) -> Ports:
         """The ports of what runs; else the former ones where free, else new ones."""
@@ -111,14 +128,11 @@ class ControlPlane:
 
     def _start(self, ports: Ports, api: Api) -> None:
         root, logs = self.state.root, self.state.logs
-        etcd, server = self._etcd(ports), self._apiserver(ports)
-        processes.ensure(etcd, root, logs)
-        processes.ensure(server, root, logs)
-        deaths = [processes.obituary(daemon, root, logs) for daemon in (etcd, server)]
-        wait_until(
-            api.ready, "the API server's /readyz", timeout=90,
-            alive=lambda: next((text for death in deaths if (text := death())), None),
-        )  # fmt: skip
+        both = (self._etcd(ports), self._apiserver(ports))
+        for daemon in both:
+            processes.ensure(daemon, root, logs)
+        check = processes.all_run(both, root, logs)
+        wait_until(api.ready, "the API server's /readyz", timeout=90, check=check)
 
     def _etcd(self, ports: Ports) -> Daemon:
         client, peer = (f"http://127.0.0.1:{port}" for port in (ports.etcd, ports.etcd_peer))
@@ -177,11 +191,13 @@ class ControlPlane:
             ),
         )
 
+    def _end(self) -> None:
+        wanted = ("kube-apiserver", "etcd")
+        processes.stop(p for p in processes.of_state(self.state.root) if p.name in wanted)
+
     def down(self, *, purge: bool) -> None:
         """End both; with `purge` forget everything they knew."""
-        wanted = ("kube-apiserver", "etcd")
-        found = [p for p in processes.of_state(self.state.root) if p.name in wanted]
-        processes.stop(found)
+        self._end()
         if purge and self.state.root.exists():
             shutil.rmtree(self.state.root)
         say(f"control plane in {self.state.root}: down" + (", state removed" if purge else ""))

@@ -165,8 +165,11 @@ class Node:
 
     def fake_gpus(self, api: Api, count: int) -> None:
         """Make scheduler and kubelet treat the node as one with GPUs."""
-        path = "/status/capacity/nvidia.com~1gpu"
-        api.patch(f"{NODE_PATH}/status", [{"op": "add", "path": path, "value": str(count)}])
+        gpus = [
+            {"op": "add", "path": f"/status/{part}/nvidia.com~1gpu", "value": str(count)}
+            for part in ("capacity", "allocatable")
+        ]
+        api.patch(f"{NODE_PATH}/status", gpus)
 
     def end(self) -> None:
         """End kubelet first, so that nothing comes back; then containers, shims, mounts."""

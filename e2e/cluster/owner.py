@@ -1,7 +1,7 @@
 """One cluster a machine, so one owner: the checkout that brought it up.
 
 A second checkout is told whose it is. A checkout that no longer exists (a build machine makes a
-new clone each time) leaves its cluster to the next.
+new clone each time), or of whose cluster no process runs any more, leaves it to the next.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from e2e.cluster.errors import ClusterError
+from e2e.cluster.errors import ClusterError, DaemonEndedError
 
 MARK, NAME = "OCTAVO_E2E_STATE", "OCTAVO_E2E_PROCESS"
 PROC = Path("/proc")
@@ -106,17 +106,20 @@ def ensure(daemon: Daemon, state: Path, logs: Path) -> bool:
     return True
 
 
-def obituary(daemon: Daemon, state: Path, logs: Path) -> Callable[[], str | None]:
-    """A question for `wait_until`: did the daemon die, and what did it say last?"""
+def all_run(daemons: Iterable[Daemon], state: Path, logs: Path) -> Callable[[], None]:
+    """A check for `wait_until`: DaemonEndedError with the end of its log when one has ended."""
+    wanted = tuple(daemons)
 
-    def look() -> str | None:
-        if running(daemon, state):
-            return None
-        log = logs / f"{daemon.name}.log"
-        tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
-        return f"{daemon.name} ended while starting; the end of {log}:\n{tail}"
+    def check() -> None:
+        alive = {process.argv for process in of_state(state)}
+        for daemon in wanted:
+            if daemon.argv not in alive:
+                log = logs / f"{daemon.name}.log"
+                tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+                text = f"{daemon.name} ended while starting; the end of {log}:\n{tail}"
+                raise DaemonEndedError(daemon.name, text)
 
-    return look
+    return check
 
 
 def stop(processes: Iterable[Process], grace: float = 5.0) -> None:

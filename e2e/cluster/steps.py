@@ -44,14 +44,12 @@ def _record(row: dict[str, object]) -> None:
 
 
 def wait_until(
-    look: Callable[[], bool], what: str, *, timeout: float, alive: Callable[[], str | None]
+    look: Callable[[], bool], what: str, *, timeout: float, check: Callable[[], None]
 ) -> None:
-    """Ask until true. `alive` gives the obituary of the process waited for, or None."""
+    """Ask until true. `check` raises when there is nothing left to wait for."""
     deadline = time.monotonic() + timeout
     while not look():
-        obituary = alive()
-        if obituary:
-            raise ClusterError(obituary)
+        check()
         if time.monotonic() > deadline:
             raise ClusterError(f"{what}: not within {timeout:.0f} s")
         time.sleep(0.1)

@@ -19,7 +19,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-from kube import (
+from apiserver_bench import (
     CRDS,
     DEPLOYMENTS,
     LLMSERVICES,

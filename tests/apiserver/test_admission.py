@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from apiserver_bench import CRDS, LLMSERVICES, ROOT, ApiError, Kube
 from llmservices import SCHEMA, with_defaults
-
-from kube import CRDS, LLMSERVICES, ROOT, ApiError, Kube
 
 EXAMPLES = ROOT / "docs" / "examples"
 CRD = yaml.safe_load((ROOT / "crds" / "llmservice.yaml").read_text())

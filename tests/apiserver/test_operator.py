@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-from kube import (
+from apiserver_bench import (
     DEPLOYMENTS,
     LLMSERVICES,
     PODS,

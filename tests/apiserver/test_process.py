@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-
-from kube import DEPLOYMENTS, LLMSERVICES, ROOT, Kube, eventually
+from apiserver_bench import DEPLOYMENTS, LLMSERVICES, ROOT, Kube, eventually
 
 Json = dict[str, Any]
 RBAC = "/apis/rbac.authorization.k8s.io/v1"

@@ -64,7 +64,7 @@ class TestProcesses:
         stubborn = Daemon("stubborn", (sys.executable, "-u", "-c", code))
         processes.ensure(stubborn, tmp_path, tmp_path)
         log = tmp_path / "stubborn.log"
-        steps.wait_until(log.read_text, "its start", timeout=10, alive=lambda: None)
+        steps.wait_until(log.read_text, "its start", timeout=10, check=lambda: None)
         processes.stop(processes.of_state(tmp_path), grace=0.2)
         assert processes.of_state(tmp_path) == []
 
@@ -87,12 +87,12 @@ class TestProcesses:
         processes.stop([Process(found.pid, tmp_path, "etcd", ("etcd",))], grace=0.1)
         assert processes.running(sleeper, tmp_path) == found
 
-    def test_the_obituary_quotes_the_log(self, tmp_path: Path) -> None:
+    def test_a_daemon_that_ends_is_reported_with_its_log(self, tmp_path: Path) -> None:
         daemon = Daemon("doomed", (sys.executable, "-c", "raise SystemExit('no such disk')"))
         processes.ensure(daemon, tmp_path, tmp_path)
-        death = processes.obituary(daemon, tmp_path, tmp_path)
+        check = processes.all_run([daemon], tmp_path, tmp_path)
         with pytest.raises(ClusterError, match=r"(?s)doomed ended while starting.*no such disk"):
-            steps.wait_until(lambda: False, "never", timeout=20, alive=death)
+            steps.wait_until(lambda: False, "never", timeout=20, check=check)
 
 
 class TestOwner:
