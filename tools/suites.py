@@ -43,7 +43,7 @@ CHECK = [
     Suite("format", 10, [str(BIN / "ruff"), "format", "--check", "."]),
     Suite("types", 60, [PYTHON, "-m", "mypy"]),
     Suite("imports", 20, [str(BIN / "lint-imports"), "--no-cache"]),
-    Suite("unit", 120, UNIT),
+    Suite("unit", 180, UNIT),
 ]
 BINARIES = Suite("binaries", 60, [*CLUSTER, "binaries"])
 CLUSTER_UP = Suite("cluster up", 60, [*CLUSTER, "up"])
