@@ -52,7 +52,7 @@ def with_app(check: Any) -> None:
 
 
 def port(app: App) -> int:
-    """Where it listens, by the runner that was started last."""
+    """Where it listens on IPv4 (port 0 gives each family its own), by the runner started last."""
     (runner,) = (
         callback.__self__
         for _, callback in (
@@ -61,7 +61,7 @@ def port(app: App) -> int:
         )
         if isinstance(getattr(callback, "__self__", None), aiohttp.web.AppRunner)
     )
-    return int(runner.addresses[0][1])
+    return next(int(address[1]) for address in runner.addresses if len(address) == 2)
 
 
 def test_health_and_metrics() -> None:
