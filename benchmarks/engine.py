@@ -46,9 +46,9 @@ def main() -> int:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     threads = default_threads()
     torch.set_num_threads(threads)
+    stamp = circumstances(threads)
     missed = 0
     for name in names:
-        stamp = circumstances(threads)
         part = PARTS[name](asked.requests or REQUESTS[name])
         show(part)
         keep(part, stamp, asked.output)
