@@ -80,7 +80,12 @@ class _Form:
     _layout: Callable[[LogprobsWriter, Sequence[PlacedLogprobs]], dict[str, Any] | None]
 
     def __init__(
-        self, response_id: str, model: str, *, usage_null: bool, writer: LogprobsWriter | None
+        self,
+        response_id: str,
+        model: str,
+        *,
+        usage_null: bool = False,
+        writer: LogprobsWriter | None = None,
     ) -> None:
         self._writer = writer
         self._common = {"id": response_id, "created": int(time.time()), "model": model}
@@ -189,16 +194,6 @@ class CompletionForm(_Form):
     chunk_object = "text_completion"
     whole_object = "text_completion"
     _layout = staticmethod(LogprobsWriter.completion)
-
-    def __init__(
-        self,
-        response_id: str,
-        model: str,
-        *,
-        usage_null: bool = False,
-        writer: LogprobsWriter | None = None,
-    ) -> None:
-        super().__init__(response_id, model, usage_null=usage_null, writer=writer)
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         """The event for one delta."""
