@@ -202,7 +202,7 @@ def test_a_sequence_beyond_its_block_table_is_refused(checkpoint) -> None:
 
 
 def test_allocate_comes_first(checkpoint) -> None:
-    with pytest.raises(RuntimeError, match="allocate_kv comes before execute"):
+    with pytest.raises(RuntimeError, match="allocate_kv comes before submit"):
         Runner(str(checkpoint), device="cpu").execute(StepPlan(()))
 
 

@@ -14,6 +14,17 @@ from octavo.params import SamplingParams
 NO_TOKEN = -1
 # ... and when the request's own parameters forbade every token.
 NOTHING_ALLOWED = -2
+# The last of a sequence's token ids, where it is what the plan submitted before this one draws for
+# the same sequence, and has not been read yet.
+PENDING = -3
+
+
+def needs_host(params: SamplingParams) -> bool:
+    """True when a step can be submitted only once the host knows all tokens before it.
+
+    Penalties and bad words look at them, and a search chooses among its branches' candidates.
+    """
+    return params.use_beam_search or params.needs_history
 
 
 class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):

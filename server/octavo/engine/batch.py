@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 import torch
 
-from octavo.core.step import ScheduledSequence, StepPlan
+from octavo.core.step import PENDING, ScheduledSequence, StepPlan
 from octavo.models.decoder import Batch
 
 
+def resolve(plan: StepPlan, drawn: Mapping[int, int]) -> StepPlan:
+    """The plan with every `PENDING` token replaced by what was `drawn` for its sequence.
+
+    Where nothing could be drawn the sequence is over, and what this step makes of it is void: it
+    runs on token 0. Raises `RuntimeError` where the plan before drew nothing for the sequence.
+    """
+    if not any(s.token_ids[-1] == PENDING for s in plan.sequences):
+        return plan
+    sequences = []
+    for share in plan.sequences:
+        if share.token_ids[-1] == PENDING:
+            if share.seq_id not in drawn:
+                raise RuntimeError(
+                    f"sequence {share.seq_id} waits for a token that the plan before does not draw"
+                )
+            known = [*share.token_ids[:-1], max(0, drawn[share.seq_id])]
+            share = msgspec.structs.replace(share, token_ids=known)
+        sequences.append(share)
+    return StepPlan(tuple(sequences), plan.copies, plan.preempted)
+
+
 def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
-    """All sequences' tokens one after another, with their positions, slots and block tables."""
-    sequences = plan.sequences
+    """All sequences' tokens one after another, with their positions, slots and block tables.
+
+    Sequences with one token come first, else in the plan's order; `logit_rows` keep that order.
+    """
+    order, num_decodes = decodes_first(plan.sequences)
+    sequences = [plan.sequences[i] for i in order]
     counts = np.array([len(s.token_ids) for s in sequences], dtype=np.int64)
     starts = np.array([s.start for s in sequences], dtype=np.int64)
     ends = counts.cumsum()
@@ -28,7 +54,9 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
     slots += positions % block_size
     # Slot -1 writes nothing: what these tokens would write is there.
     slots[~np.array([s.writes for s in sequences], dtype=bool)[owner]] = -1
-    samples = np.array([s.samples for s in sequences], dtype=bool)
+    begins_planned, ends_planned = np.empty_like(ends), np.empty_like(ends)
+    begins_planned[order], ends_planned[order] = ends - counts, ends
+    samples = np.array([s.samples for s in plan.sequences], dtype=bool)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
@@ -43,9 +71,20 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         seq_lens=tensor((starts + counts).astype(np.int32)),
         block_tables=tensor(tables),
         logit_rows=tensor(
-            np.concatenate((ends[samples] - 1, *_prompt_rows(sequences, ends - counts)))
+            np.concatenate(
+                (ends_planned[samples] - 1, *_prompt_rows(plan.sequences, begins_planned))
+            )
         ),
+        num_decodes=num_decodes,
+        max_query_len=int(counts.max()),
     )
+
+
+def decodes_first(sequences: Sequence[ScheduledSequence]) -> tuple[list[int], int]:
+    """The order in which sequences with one token come first, and how many those are."""
+    one = [i for i, s in enumerate(sequences) if len(s.token_ids) == 1]
+    more = [i for i, s in enumerate(sequences) if len(s.token_ids) != 1]
+    return one + more, len(one)
 
 
 def _prompt_rows(sequences: Sequence[ScheduledSequence], begins: np.ndarray) -> list[np.ndarray]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from octavo import plan as memory_plan
-from octavo.core.step import ScheduledSequence, StepPlan, StepResult
-from octavo.engine.batch import build_batch
-from octavo.engine.logits import Draw
-from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
+from octavo.core.step import StepPlan, StepResult
+from octavo.engine.eager import EagerSteps
 from octavo.engine.memory import available_host_bytes
 from octavo.engine.model import check_model
-from octavo.engine.sampler import draw_key, sample
 from octavo.errors import ConfigError, DoesNotFitError
 from octavo.models.hf_config import read_eos_token_ids
 from octavo.models.spec import DecoderSpec
@@ -29,8 +27,28 @@ def _silent(_phase: str, _ratio: float) -> None:
     pass
 
 
+class Step(Protocol):
+    """A step that was submitted."""
+
+    def result(self) -> StepResult:
+        """Wait for the step's end; what it brought."""
+        ...
+
+
+class Steps(Protocol):
+    """How steps are run on a device."""
+
+    def submit(self, plan: StepPlan) -> Step:
+        """Start a step; its tokens need not be known yet when this returns."""
+        ...
+
+
 class Runner:
-    """A model on a device. Build it, `allocate_kv`, then `execute` one plan after another.
+    """A model on a device. Build it, `allocate_kv`, then `submit` one plan after another.
+
+    At most two steps may be in flight, and are collected in order. A plan that is submitted while
+    the one before is in flight has `PENDING` where a token of that one is to stand. Where
+    `needs_host(params)` holds for a sequence in flight, nothing may be submitted after it.
 
     `device` and `dtype` may be "auto": the GPU if there is one, and the checkpoint's type on a
     GPU or float32 on a CPU. `progress(phase, ratio)` is called while starting. `num_threads`
@@ -72,7 +90,7 @@ class Runner:
             lambda done, all_: progress("weights", done / max(1, all_)),
         )
         self._progress = progress
-        self._kv_cache: torch.Tensor | None = None
+        self._steps: Steps | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -112,44 +130,32 @@ class Runner:
             spec.num_layers, 2, num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim
         )  # fmt: skip
         try:
-            self._kv_cache = _zeros(shape, _DTYPES[self.dtype_name], self.device)
+            kv_cache = _zeros(shape, _DTYPES[self.dtype_name], self.device)
         except (RuntimeError, MemoryError) as error:
             size = num_blocks * self.kv_bytes_per_block / memory_plan.GIB
             raise DoesNotFitError(
                 f"a KV pool of {num_blocks} blocks ({size:.2f} GiB) cannot be allocated on "
                 f"{self.device}; set --num-kv-blocks lower"
             ) from error
+        self._steps = EagerSteps(self._decoder, kv_cache, self.eos_token_ids, self._seed)
         self._progress("cache", 1.0)
 
-    @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step.
+    def submit(self, plan: StepPlan) -> Step:
+        """Start a step and return at once, as far as the device allows."""
+        if self._steps is None:
+            raise RuntimeError("allocate_kv comes before submit")
+        return self._steps.submit(plan)
 
-        A token of -1 (`sampler.NO_TOKEN`) says that the sequence's logits were NaN.
+    def collect(self, step: Step) -> StepResult:
+        """Wait for a step's end and return what it brought.
+
+        A token of -1 (`step.NO_TOKEN`) says that the sequence's logits were NaN.
         """
-        if self._kv_cache is None:
-            raise RuntimeError("allocate_kv comes before execute")
-        if plan.copies:
-            pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
-            ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs)
-        if not plan.sequences:
-            return StepResult([])
-        batch = build_batch(plan, self.block_size, self.device)
-        hidden = self._decoder.hidden(batch, self._kv_cache)
-        sampling = [s for s in plan.sequences if s.samples]
-        draws = [self._draw(s) for s in sampling]
-        of_prompts = prompt_logprobs(plan.sequences, hidden[len(draws) :], self._decoder.logits)
-        if not draws:
-            return StepResult([], prompt_logprobs=of_prompts)
-        logits = self._decoder.logits(hidden[: len(draws)])
-        tokens = sample(logits, draws, self.eos_token_ids)
-        of_tokens = drawn_logprobs(logits, tokens, draws, (s.seq_id for s in sampling))
-        return StepResult(tokens, of_tokens, of_prompts)
+        return step.result()
 
-    def _draw(self, sequence: ScheduledSequence) -> Draw:
-        params, count = sequence.params, sequence.num_generated
-        key = draw_key(params, self._seed, sequence.seq_id, count, sequence.branch)
-        return Draw(params, key, count, sequence.tokens, sequence.num_prompt_tokens)
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step from start to end."""
+        return self.collect(self.submit(plan))
 
     def _require_memory(self, needed: int) -> None:
         if self.device.type == "cuda":

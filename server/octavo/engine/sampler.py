@@ -20,7 +20,7 @@ from octavo.params import SamplingParams
 
 _MASK64 = (1 << 64) - 1
 # Below this temperature the division would only amplify rounding; the draw is the maximum.
-_GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-5
 # Numbers of noise that are made at once: 8 MiB.
 _NOISE_AT_ONCE = 1 << 20
 
@@ -55,7 +55,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw], eos_token_ids: Sequence[
             tokens[i] = NO_TOKEN
         elif changes(draw) or narrows(draw.params, logits.shape[1]):
             tokens[i] = _draw(logits[i], draw, eos_token_ids)
-        elif draw.params.temperature >= _GREEDY_BELOW:
+        elif draw.params.temperature >= GREEDY_BELOW:
             plain.append(i)
     step = max(1, _NOISE_AT_ONCE // logits.shape[1])
     for begin in range(0, len(plain), step):
@@ -70,7 +70,7 @@ def _draw(row: torch.Tensor, draw: Draw, eos_token_ids: Sequence[int]) -> int:
         row = adjust(row, draw, eos_token_ids)
         if float(row.max()) == float("-inf"):
             return NOTHING_ALLOWED
-    if draw.params.temperature < _GREEDY_BELOW:
+    if draw.params.temperature < GREEDY_BELOW:
         return int(torch.argmax(row))
     scaled, ids = candidates(row, draw.params)
     uniform = _uniform(ids + _signed(draw.key))

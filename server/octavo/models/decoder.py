@@ -28,7 +28,8 @@ class Batch:
 
     `slots` says where each token's key and value are stored. `query_start` (one entry more than
     sequences) delimits the sequences; `seq_lens` counts their tokens, cached ones included.
-    `logit_rows` names the tokens whose logits are wanted.
+    `logit_rows` names the tokens whose logits are wanted. The first `num_decodes` sequences have
+    one token each, none has more than `max_query_len`; 0 and None say that nothing is known.
     """
 
     token_ids: torch.Tensor
@@ -38,6 +39,8 @@ class Batch:
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
     logit_rows: torch.Tensor
+    num_decodes: int = 0
+    max_query_len: int | None = None
 
 
 class Decoder:
