@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from octavo import __version__
+from octavo.bench.command import add_bench_arguments
 from octavo.config import (
     Parser,
     add_plan_arguments,
@@ -34,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say whether a model fits on a GPU, from its headers")
     add_plan_arguments(plan, sorted(GPU_MIB))
     plan.set_defaults(run=_plan, parser=plan)
+    bench = commands.add_parser("bench", help="measure an engine, or a server under load")
+    add_bench_arguments(bench)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version, parser=version)
     return parser

@@ -64,6 +64,11 @@ class LLM:
         self._meter = KvMeter(self._ready.block_size)
         self._templates: dict[str, ChatTemplate | None] = {}
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0..vocab_size-1."""
+        return self._limits.vocab_size
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer: `encode` and `decode`."""
         return self._side("a tokenizer").tokenizer

@@ -1,0 +1,1 @@
+"""`octavo bench`: public workloads, offline or as an open-loop load, beside the limit."""

@@ -1,0 +1,90 @@
+"""A workload through `LLM`, in this process: how fast the engine is without anybody in between."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from octavo import __version__
+from octavo.bench.workloads import SHAPES, Request, digest, draw, write_shape
+from octavo.errors import ConfigError, OctavoError
+from octavo.llm import LLM
+from octavo.params import SamplingParams
+
+
+def run_offline(
+    model: str,
+    workloads: Sequence[str],
+    *,
+    count: int | None = None,
+    repeat: int = 2,
+    temperature: float = 1.0,
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """One row for the start and one for each repetition of each workload.
+
+    `model` is a folder or one of `SHAPES` (random weights). `options` go to `LLM` as they are.
+    """
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        if model in SHAPES:
+            folder = write_shape(model, Path(scratch))
+            llm = LLM(str(folder), load_format="dummy", skip_tokenizer_init=True, **options)
+        else:
+            llm = LLM(model, skip_tokenizer_init=True, **options)
+    yield {"metric": "start", "s": round(time.perf_counter() - begin, 3), "version": __version__}
+    _generate(llm, draw("uniform", llm.vocab_size, 16, seed=1), temperature)
+    for name in workloads:
+        requests = draw(name, llm.vocab_size, count)
+        for repetition in range(repeat):
+            seconds = _generate(llm, requests, temperature)
+            yield row(name, repetition, requests, seconds)
+
+
+def row(name: str, repetition: int, requests: Sequence[Request], seconds: float) -> dict[str, Any]:
+    """The figures of one pass over a workload."""
+    prompt = sum(len(request.prompt) for request in requests)
+    output = sum(request.output for request in requests)
+    return {
+        "metric": "offline",
+        "load": name,
+        "digest": digest(list(requests)),
+        "rep": repetition,
+        "requests": len(requests),
+        "s": round(seconds, 4),
+        "out_tok_s": round(output / seconds, 1),
+        "in_tok_s": round(prompt / seconds, 1),
+        "req_s": round(len(requests) / seconds, 3),
+    }
+
+
+def _generate(llm: LLM, requests: Sequence[Request], temperature: float) -> float:
+    """Seconds to draw every token that was asked for; fewer of them is an error."""
+    params = [
+        SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=r.output)
+        for r in requests
+    ]
+    prompts = [{"prompt_token_ids": r.prompt} for r in requests]
+    begin = time.perf_counter()
+    results = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - begin
+    for request, result in zip(requests, results, strict=True):
+        drawn = len(result.outputs[0].token_ids)
+        if drawn != request.output:
+            raise OctavoError(
+                f"a request of {len(request.prompt)} prompt tokens drew {drawn} of "
+                f"{request.output} tokens ({result.outputs[0].finish_reason}: "
+                f"{result.outputs[0].stop_reason}); such a run measures nothing"
+            )
+    return seconds
+
+
+def check_count(count: int | None, repeat: int) -> None:
+    """Refuse numbers that measure nothing."""
+    if count is not None and count < 1:
+        raise ConfigError(f"--requests must be 1 or more, got {count}")
+    if repeat < 1:
+        raise ConfigError(f"--repeat must be 1 or more, got {repeat}")
