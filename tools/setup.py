@@ -117,7 +117,7 @@ def install_octavo(uv: Path) -> None:
     native = [
         p
         for p in (ROOT / "kernels").rglob("*")
-        if p.suffix in {".cpp", ".h", ".cuh", ".cu", ".txt"} and p.is_file()
+        if p.suffix in {".cpp", ".h", ".cuh", ".cu", ".txt", ".cmake"} and p.is_file()
     ]
     modules = [
         str(p.relative_to(ROOT))
