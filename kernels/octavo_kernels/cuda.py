@@ -7,6 +7,9 @@ here can be captured in a CUDA graph: no synchronization, no read of what is on 
 from __future__ import annotations
 
 import octavo_kernels._cuda as _cuda
+from octavo_kernels.cuda_gemm import gated_linear, linear, linear_add
+
+__all__ = ["device_report", "gated_linear", "linear", "linear_add"]
 
 
 def device_report(device: int = 0) -> dict[str, int | str]:

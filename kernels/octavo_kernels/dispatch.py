@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from octavo_kernels.native import Unserved
+from octavo_kernels.native import Unfused, Unserved
 
 BackEnd = Literal["cpu", "cuda", "reference"]
 # "composed": a fused operation that ran as the simpler ones that it is made of.
@@ -125,6 +125,8 @@ def run(op: str, like: torch.Tensor, *args: Any, composed: Callable[..., Any] | 
     if function is not None:
         try:
             result = function(*args)
+        except Unfused:
+            pass
         except Unserved as why:
             if _forced is not None:
                 raise

@@ -31,6 +31,16 @@ class Variant:
 
 PLAIN = Variant()
 
+
+@dataclass(slots=True, frozen=True)
+class Norm:
+    """An RMS norm that something goes through first; see `rms_norm`."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float = 0.0
+
+
 _FUNCTIONS: dict[Function, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
