@@ -20,3 +20,42 @@ def skinny_gemm(
     stream: int,
 ) -> None: ...
 def skinny_gemm_serves(rows: int, k: int, norm: bool) -> bool: ...
+def apply_updates(words: int, message: int, stretches: int, stream: int) -> None: ...
+def build_inputs(
+    *,
+    records: int,
+    tables: int,
+    batch: int,
+    token_at: int,
+    query_start: int,
+    chunk: int,
+    table_width: int,
+    groups: int,
+    block_size: int,
+    token_ids: int,
+    positions: int,
+    slots: int,
+    seq_lens: int,
+    block_tables: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    draw_stream: int,
+    count: int,
+    max_tokens: int,
+    rows: int,
+    sequences: int,
+    stream: int,
+) -> None: ...
+def record_tokens(
+    *,
+    records: int,
+    batch: int,
+    tokens: int,
+    sequences: int,
+    drawn: int,
+    rows: int,
+    counter: int,
+    stream: int,
+) -> None: ...

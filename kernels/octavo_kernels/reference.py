@@ -13,6 +13,10 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from octavo_kernels.reference_batch import apply_updates as apply_updates
+from octavo_kernels.reference_batch import build_inputs as build_inputs
+from octavo_kernels.reference_batch import record_tokens as record_tokens
+
 Function = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
