@@ -39,7 +39,7 @@ class Group:
     def num_tokens(self) -> int:
         """Tokens known of all branches, the prompt counted once."""
         prompt = self.lead.num_prompt_tokens
-        return prompt + sum(len(branch.tokens) - prompt for branch in self.branches)
+        return prompt + sum(branch.length - prompt for branch in self.branches)
 
     @property
     def num_computed(self) -> int:
@@ -62,7 +62,7 @@ class Group:
         """Blocks for all tokens known and for `growth` more of each branch."""
         shared = self.lead.num_prompt_tokens // block_size if len(self.branches) > 1 else 0
         return shared + sum(
-            blocks_for(len(branch.tokens) + more, block_size) - shared
+            blocks_for(branch.length + more, block_size) - shared
             for branch, more in zip(self.branches, growth, strict=True)
         )
 

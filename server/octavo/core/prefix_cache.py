@@ -68,11 +68,11 @@ class PrefixCache:
             self.counters.queries += len(sequence.tokens)
             self.counters.hits += sequence.computed
 
-    def publish(self, sequence: Sequence) -> None:
-        """Make the blocks that have become full since the last call findable."""
+    def publish(self, sequence: Sequence, end: int) -> None:
+        """Make the blocks of the first `end` tokens findable that have become full since."""
         if not self._enabled:
             return
-        for index in range(sequence.chained, sequence.computed // self._block_size):
+        for index in range(sequence.chained, end // self._block_size):
             link = sequence.scope if index == 0 else sequence.link
             key = self._key(sequence, link, index)
             sequence.link = self._pool.publish(sequence.block_table[index], key)
