@@ -41,8 +41,9 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/prefill_attention.cu csrc/cuda/bind_prefill.cpp
 )
 target_include_directories(_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+# The C++ here only passes arguments on: it compiles faster for less.
 target_compile_options(_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra>
+  $<$<COMPILE_LANGUAGE:CXX>:-O1 -Wall -Wextra>
   $<$<COMPILE_LANGUAGE:CUDA>:-O3 --expt-relaxed-constexpr -Xcompiler=-Wall>)
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
 target_compile_definitions(_cuda PRIVATE OCTAVO_CUDA_ARCHITECTURES="${architectures}")
