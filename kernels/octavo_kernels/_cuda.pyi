@@ -20,6 +20,55 @@ def skinny_gemm(
     stream: int,
 ) -> None: ...
 def skinny_gemm_serves(rows: int, k: int, norm: bool) -> bool: ...
+def lt_version() -> int: ...
+def lt_candidates(
+    *,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    w: int,
+    bias: int,
+    out: int,
+    rows: int,
+    n: int,
+    k: int,
+    workspace_bytes: int,
+    count: int,
+    split: bool,
+) -> list[bytes]: ...
+def lt_product(
+    *,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    w: int,
+    bias: int,
+    out: int,
+    rows: int,
+    n: int,
+    k: int,
+    algorithm: bytes,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> bool: ...
+def lt_seconds(
+    *,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    weights: list[int],
+    bias: int,
+    out: int,
+    rows: int,
+    n: int,
+    k: int,
+    algorithm: bytes,
+    workspace: int,
+    workspace_bytes: int,
+    repeat: int,
+    stream: int,
+) -> float: ...
 def apply_updates(words: int, message: int, stretches: int, stream: int) -> None: ...
 def build_inputs(
     *,

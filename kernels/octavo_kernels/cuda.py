@@ -22,11 +22,13 @@ from octavo_kernels.cuda_elementwise import (
     write_kv,
 )
 from octavo_kernels.cuda_gemm import gated_linear, linear, linear_add
+from octavo_kernels.cuda_lt import tune_products
 
 __all__ = [
     "act", "act_and_mul", "apply_updates", "build_inputs", "copy_blocks", "device_report", "embed",
     "gated_linear", "layer_norm", "linear", "linear_add", "paged_attention", "plan_attention",
-    "qk_norm_rope_write", "record_tokens", "rms_norm", "rope", "swap_blocks", "write_kv",
+    "qk_norm_rope_write", "record_tokens", "rms_norm", "rope", "swap_blocks",
+    "tune_products", "write_kv",
 ]  # fmt: skip
 
 

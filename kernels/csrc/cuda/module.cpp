@@ -9,6 +9,7 @@ namespace octavo::cuda {
 
 void bind_batch(py::module_& m);
 void bind_decode(py::module_& m);
+void bind_blaslt(py::module_& m);
 void bind_device(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_gemm(py::module_& m);
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Operations on a GPU; called by octavo_kernels' cuda modules only.";
   octavo::cuda::bind_batch(m);
   octavo::cuda::bind_decode(m);
+  octavo::cuda::bind_blaslt(m);
   octavo::cuda::bind_device(m);
   octavo::cuda::bind_elementwise(m);
   octavo::cuda::bind_gemm(m);
