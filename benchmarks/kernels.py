@@ -19,6 +19,7 @@ from kernel_decode import decode
 from kernel_elementwise import elementwise
 from kernel_gemm import gemm
 from kernel_prefill import prefill
+from kernel_sampling import sample
 from kernel_timing import Machine
 
 PARTS: dict[str, Callable[[Machine, bool], Iterator[dict[str, object]]]] = {
@@ -26,6 +27,7 @@ PARTS: dict[str, Callable[[Machine, bool], Iterator[dict[str, object]]]] = {
     "elementwise": elementwise,
     "gemm": gemm,
     "prefill": prefill,
+    "sampling": sample,
 }
 
 

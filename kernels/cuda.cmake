@@ -40,6 +40,7 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/blaslt.cpp csrc/cuda/bind_blaslt.cpp
   csrc/cuda/batch_state.cu csrc/cuda/bind_batch.cpp
   csrc/cuda/prefill_attention.cu csrc/cuda/bind_prefill.cpp
+  csrc/cuda/sampling.cu csrc/cuda/penalties.cu csrc/cuda/logprobs.cu csrc/cuda/bind_sampling.cpp
 )
 target_include_directories(_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # The C++ here only passes arguments on: it compiles faster for less.

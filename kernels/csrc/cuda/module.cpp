@@ -14,6 +14,7 @@ void bind_device(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_prefill(py::module_& m);
+void bind_sampling(py::module_& m);
 
 }  // namespace octavo::cuda
 
@@ -26,4 +27,5 @@ PYBIND11_MODULE(_cuda, m) {
   octavo::cuda::bind_elementwise(m);
   octavo::cuda::bind_gemm(m);
   octavo::cuda::bind_prefill(m);
+  octavo::cuda::bind_sampling(m);
 }
