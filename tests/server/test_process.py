@@ -295,6 +295,26 @@ def test_a_runner_that_breaks_is_the_end_of_the_process(start):
     assert engine.process.wait(5) == ExitCode.FAILED
 
 
+def test_a_lost_device_ends_the_process_without_waiting_for_it(start):
+    engine = start("LostDeviceRunner")
+    engine.until_type(wire.Ready)
+    engine.send(request("a", max_tokens=50))
+    failed = engine.until_type(wire.Failed)[-1]
+    assert (failed.reason, failed.message) == ("DeviceFailed", "it fell off the bus")
+    assert failed.retryable
+    assert engine.process.wait(5) == ExitCode.FAILED
+
+
+def test_idle_moments_prepare_for_steps_to_come(start):
+    engine = start("PreparingRunner")
+    engine.until_type(wire.Ready)
+    engine.until(lambda message: isinstance(message, wire.Progress) and message.phase == "3")
+    engine.send(request("a", max_tokens=5))
+    engine.finish(1)
+    engine.send(wire.Stop())
+    assert engine.process.wait(5) == ExitCode.OK
+
+
 def test_a_lost_block_is_found_when_the_engine_is_idle(start):
     engine = start("LeakyRunner")
     engine.until_type(wire.Ready)

@@ -21,7 +21,7 @@ from octavo import wire
 from octavo.config import EngineConfig, Parser, limit_threads
 from octavo.engine.loop import EngineLoop
 from octavo.engine.startup import RUNNER, Reporter, start
-from octavo.errors import ExitCode, OctavoError
+from octavo.errors import DeviceError, ExitCode, OctavoError
 
 BUSY_LOAD_S = 0.05
 IDLE_LOAD_S = 1.0
@@ -79,6 +79,7 @@ class Server:
         self._last_load = float("-inf")
         self._was_busy = False
         self._unchecked = False
+        self._preparing = True
 
     def run(self) -> None:
         """Serve until told to stop, or until the API process is gone."""
@@ -91,9 +92,11 @@ class Server:
                 self._take(message)
             self._step()
             self._report()
+            if self._preparing and not self._loop.has_work:
+                self._preparing = self._loop.prepare_one()
 
     def _patience(self) -> float:
-        if self._loop.has_work:
+        if self._loop.has_work or self._preparing:
             return 0.0
         return max(0.0, self._last_load + IDLE_LOAD_S - time.monotonic())
 
@@ -133,6 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     link = Link(args.socket_dir)
     try:
         _serve(args.config_json, args.runner, link, parent)
+    except DeviceError as error:
+        code = _fail(link, error.reason, str(error), retryable=True)
+        link.close()
+        logging.shutdown()
+        # Taking CUDA down in order could wait for ever for what is on the device.
+        os._exit(code)
     except OctavoError as error:
         return _fail(link, error.reason, str(error), retryable=error.retryable)
     except Exception as error:
