@@ -21,7 +21,7 @@ from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
 from octavo.engine.rows import RowTable, StateLayout, StepInputs, Stretch, messages
 from octavo.engine.sampler import sample
 from octavo.logprobs import TokenLogprobs
-from octavo.models.decoder import Batch, Decoder
+from octavo.models.decoder import FEW_ROWS, Batch, Decoder
 from octavo.params import SamplingParams
 from octavo_kernels import batch_state, ops, sampling
 from octavo_kernels.batch_state import BatchState, StepBuffers
@@ -178,6 +178,8 @@ class DeviceSteps:
 
     def _rehearse(self, size: int) -> None:
         """The same for nobody: nothing is stored, nothing moves on."""
+        if size > FEW_ROWS:
+            self._model.tune(size)
         self._run_decode(self._space.nobody, size)
         self._sample(size)
 

@@ -126,6 +126,7 @@ def start(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enforce_eager=config.enforce_eager,
+        deterministic=config.deterministic,
     )
     report("cache", 0)
     num_blocks = size_pool(config, runner)
