@@ -61,6 +61,15 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
+// The L2 cache's usual one.
+__device__ __forceinline__ uint64_t keep_policy() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 800
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
 // One warp copies up to 32 rows of `bytes` (a multiple of 16, as are all addresses and strides)
 // from global to shared memory; the barrier's phase ends when all of it is there.
 __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t to_stride, const void* from,
@@ -138,6 +147,16 @@ struct Ring {
       barrier_init(empty(at), readers);
     }
     barrier_fence();
+  }
+  // By a whole warp that has read a stage. The fence holds the arrival back until the warp's loads
+  // are done: loads and the copy engine's writes are of different proxies (PTX ISA, "Async proxy"),
+  // and without it the arrival overtakes loads in flight and a row is overwritten while it is read.
+  __device__ void release(RingPosition at) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty(at));
   }
   __device__ void wait_filled(RingPosition at) const { barrier_wait(full(at), at.parity); }
   __device__ void wait_free(RingPosition at) const { barrier_wait(empty(at), at.parity ^ 1); }
