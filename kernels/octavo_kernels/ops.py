@@ -12,6 +12,7 @@ import torch
 from octavo_kernels.attention import AttentionWork, attention_work, paged_attention, plan_attention
 from octavo_kernels.dispatch import (
     calls,
+    device_report,
     forced,
     forced_instruction_set,
     implementation,
@@ -33,11 +34,11 @@ from octavo_kernels.sampling import sample, token_logprobs
 
 __all__ = [
     "PLAIN", "AttentionWork", "Function", "HeadNorm", "Norm", "Rotation", "Variant", "act",
-    "act_and_mul", "attention_work", "calls", "copy_blocks", "deterministic", "embed", "forced",
-    "forced_instruction_set", "gated_linear", "implementation", "implementations",
-    "instruction_sets", "layer_norm", "linear", "linear_add", "paged_attention", "plan_attention",
-    "qk_norm_rope_write", "rms_norm", "rope", "sample", "swap_blocks", "token_logprobs",
-    "tune_products", "write_kv",
+    "act_and_mul", "attention_work", "calls", "copy_blocks", "deterministic", "device_report",
+    "embed", "forced", "forced_instruction_set", "gated_linear", "implementation",
+    "implementations", "instruction_sets", "layer_norm", "linear", "linear_add", "paged_attention",
+    "plan_attention", "qk_norm_rope_write", "rms_norm", "rope", "sample", "swap_blocks",
+    "token_logprobs", "tune_products", "write_kv",
 ]  # fmt: skip
 
 
