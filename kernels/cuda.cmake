@@ -38,6 +38,7 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/decode_attention.cu csrc/cuda/decode_plan.cu csrc/cuda/bind_decode.cpp
   csrc/cuda/skinny_gemm.cu csrc/cuda/bind_gemm.cpp
   csrc/cuda/blaslt.cpp csrc/cuda/bind_blaslt.cpp
+  csrc/cuda/moe.cu csrc/cuda/bind_moe.cpp
   csrc/cuda/batch_state.cu csrc/cuda/bind_batch.cpp
   csrc/cuda/prefill_attention.cu csrc/cuda/prefill_warpgroup.cu csrc/cuda/bind_prefill.cpp
   csrc/cuda/sampling.cu csrc/cuda/penalties.cu csrc/cuda/logprobs.cu csrc/cuda/bind_sampling.cpp

@@ -21,6 +21,36 @@ def skinny_gemm(
 ) -> None: ...
 def skinny_gemm_serves(rows: int, k: int, norm: bool) -> bool: ...
 def lt_version() -> int: ...
+def mixture(
+    *,
+    dtype: int,
+    x: int,
+    logits: int,
+    gate_up: int,
+    gate_up_bias: int,
+    down: int,
+    down_bias: int,
+    out: int,
+    tokens: int,
+    hidden: int,
+    inner: int,
+    experts: int,
+    top_k: int,
+    normalized: bool,
+    function: int,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+    weights: int,
+    chosen: int,
+    order: int,
+    place: int,
+    tiles: int,
+    activated: int,
+    results: int,
+    stream: int,
+) -> None: ...
+def mixture_serves(hidden: int, inner: int, experts: int, top_k: int) -> bool: ...
+def mixture_tiles(tokens: int, experts: int, top_k: int) -> int: ...
 def lt_candidates(
     *,
     dtype: int,
