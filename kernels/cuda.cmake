@@ -54,3 +54,6 @@ target_compile_definitions(_cuda PRIVATE OCTAVO_CUDA_ARCHITECTURES="${architectu
 # library is looked up by it when first needed, so that the module imports where there is none.
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 install(TARGETS _cuda LIBRARY DESTINATION octavo_kernels)
+# A function that is nowhere is found when the module is loaded, not when it is linked.
+add_custom_command(TARGET _cuda POST_BUILD COMMAND ${Python_EXECUTABLE} -c "import _cuda"
+  WORKING_DIRECTORY $<TARGET_FILE_DIR:_cuda> VERBATIM)

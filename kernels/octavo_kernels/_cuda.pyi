@@ -122,6 +122,7 @@ def build_inputs(
     min_p: int,
     draw_stream: int,
     count: int,
+    adjusted: int,
     max_tokens: int,
     rows: int,
     sequences: int,

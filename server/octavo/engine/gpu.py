@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from octavo.core.sequence import blocks_for
-from octavo.engine.device import MESSAGE_WORDS, DeviceSteps, Workspace
+from octavo.engine.device import MESSAGE_WORDS, MOST_FETCHED, DeviceSteps
 from octavo.engine.graphs import CudaGraphs, DecodeRunner, Direct, graph_sizes
 from octavo.engine.lane import CudaLane
 from octavo.engine.rows import StateLayout
+from octavo.engine.workspace import Workspace
 from octavo.models.decoder import Batch, Decoder
 from octavo.models.spec import DecoderSpec
 from octavo_kernels import ops
@@ -67,7 +68,7 @@ class Gpu:
             logger.warning("decode steps are not captured as CUDA graphs: %s", reason)
         self._captures = reason is None
         torch.cuda.synchronize(device)  # the weights were not loaded on this lane
-        self._lane = CudaLane(device, MESSAGE_WORDS, max_num_seqs)
+        self._lane = CudaLane(device, MESSAGE_WORDS, max_num_seqs * MOST_FETCHED)
         with self._lane.scope(), torch.inference_mode():
             self._space = Workspace(model, layout, block_size, device)
             self._rehearse_chunks()
