@@ -45,6 +45,15 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   } while (!done);
 }
 
+// Whether it would return at once.
+__device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
+  uint32_t passed;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+  return passed != 0;
+}
+
 // How many arrivals end a phase of a barrier that copy_rows completes.
 #if __CUDA_ARCH__ >= 900
 constexpr int kFillArrivals = 1;

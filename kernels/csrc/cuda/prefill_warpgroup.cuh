@@ -105,14 +105,6 @@ __device__ __forceinline__ void sync_copiers() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
-__device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
-  uint32_t passed;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
-  return passed != 0;
-}
-
 // A copying thread's copies under way, and whom to tell when they are there. Others' products read
 // what this thread's cp.async wrote, so it waits for it and publishes it itself.
 class Copies {
