@@ -70,6 +70,11 @@ class LLM:
         """Token ids are 0..vocab_size-1."""
         return self._limits.vocab_size
 
+    def prepare(self) -> None:
+        """Prepare for every size of step now, instead of when it first comes: on a GPU seconds."""
+        while self._loop.prepare_one():
+            pass
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer: `encode` and `decode`."""
         return self._side("a tokenizer").tokenizer

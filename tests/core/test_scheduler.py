@@ -249,6 +249,26 @@ def test_no_more_run_than_max_num_seqs():
     assert [len(p.sequences) for p in plans] == [3] * 8 + [2] * 4
 
 
+def test_while_more_wait_than_fit_they_come_in_bunches():
+    """A step of decoding sequences alone is far cheaper on a GPU than one with a prompt in it."""
+    engine = scheduler(blocks=4000, seqs=64, budget=512)
+    for i in range(200):
+        engine.add(str(i), [5], params(2 + i % 7))
+    plans, updates = run_dry(engine)
+    mixed = [p for p in plans if p.chunks and p.rows.count]
+    assert all(sum(s.start == 0 for s in p.chunks) >= 2 for p in mixed[:-1])
+    assert sum(u.finish_reason is not None for u in updates) == 200
+
+
+def test_who_has_room_does_not_wait_for_company():
+    engine = scheduler(blocks=400, seqs=64, budget=512)
+    engine.add("a", [5], params(50))
+    step(engine), step(engine)
+    engine.add("b", [5], params(4))
+    plan, _ = step(engine)
+    assert [s.seq_id for s in plan.chunks] == [1]
+
+
 def test_no_more_run_than_a_step_has_tokens_for():
     engine = scheduler(seqs=8, budget=3)
     for i in range(6):

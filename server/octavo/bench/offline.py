@@ -35,7 +35,14 @@ def run_offline(
             llm = LLM(str(folder), load_format="dummy", skip_tokenizer_init=True, **options)
         else:
             llm = LLM(model, skip_tokenizer_init=True, **options)
-    yield {"metric": "start", "s": round(time.perf_counter() - begin, 3), "version": __version__}
+    started = time.perf_counter()
+    llm.prepare()
+    yield {
+        "metric": "start",
+        "s": round(started - begin, 3),
+        "prepared_s": round(time.perf_counter() - started, 3),
+        "version": __version__,
+    }
     _generate(llm, draw("uniform", llm.vocab_size, 16, seed=1), temperature)
     for name in workloads:
         requests = draw(name, llm.vocab_size, count)

@@ -45,6 +45,8 @@ from octavo.logprobs import TokenLogprobs
 from octavo.params import SamplingParams
 
 MAX_IN_FLIGHT = 2
+# While more wait than fit, they are let in when a share of all places, one in so many, is free.
+PLACES_A_BUNCH = 32
 
 
 @dataclass(slots=True)
@@ -220,8 +222,23 @@ class Scheduler:
             else:
                 roster.unsettle(group, branch)
 
+    def _worth_admitting(self, draft: _Draft) -> bool:
+        """Whether to let requests in now, or when there is room for more of them at once.
+
+        A step of rows alone is one graph on a GPU; one with a prompt in it is not, and costs the
+        host many times more. While more wait than fit, who comes in a few steps later has waited
+        long anyway, and a bunch costs what one does.
+        """
+        roster = self._roster
+        if draft.shares or not len(roster.calendar):
+            return True  # not such a step as it is
+        places = self.limits.max_num_seqs - self.num_running
+        return places >= min(len(roster.waiting), self.limits.max_num_seqs // PLACES_A_BUNCH)
+
     def _admit(self, draft: _Draft) -> None:
         roster = self._roster
+        if not self._worth_admitting(draft):
+            return
         while roster.waiting:
             group = roster.waiting.peek()
             places = self.limits.max_num_seqs - self.num_running

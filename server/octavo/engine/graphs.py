@@ -16,10 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, then every 8 up to 256, then every 16; the last one holds `max_num_seqs`."""
+    """1, 2, 4, then every 8 up to 256, then every 16; the last is `max_num_seqs`, if not larger:
+    there is no room for more rows than that, not even for padding.
+    """
     most = min(max_num_seqs, LARGEST)
     steps = [1, 2, 4, *range(8, 257, 8), *range(272, LARGEST + 1, 16)]
-    return [size for i, size in enumerate(steps) if i == 0 or steps[i - 1] < most]
+    return [*(size for size in steps if size < most), most]
 
 
 class DecodeRunner(Protocol):
