@@ -33,7 +33,7 @@ class EngineConfig:
     """What the engine process needs to know; travels to it as JSON.
 
     None means that the engine decides once it knows the model and the device: `num_kv_blocks` from
-    memory, `max_model_len` from the model, `max_num_batched_tokens` 2048 (512 on the CPU),
+    memory, `max_model_len` from the model, `max_num_batched_tokens` 8192 (512 on the CPU),
     `pipeline_depth` 2 (1 on the CPU), `num_threads` from the container's CPU limit.
     """
 
@@ -239,7 +239,7 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         "--max-num-batched-tokens",
         type=int,
         metavar="N",
-        help="tokens in one step (default 2048; 512 on the CPU)",
+        help="tokens in one step (default 8192; 512 on the CPU)",
     )
     add(
         "--scheduling-policy",
@@ -278,7 +278,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser, gpus: Sequence[str]) -> 
     add("--dtype", choices=DTYPES, default="auto", help="default: the model's")
     add("--max-model-len", type=int, metavar="TOKENS", help="default: the model's")
     add("--max-num-seqs", type=int, default=256, metavar="N", help="default %(default)s")
-    add("--max-num-batched-tokens", type=int, default=2048, metavar="N")
+    add("--max-num-batched-tokens", type=int, default=8192, metavar="N")
     add("--block-size", type=int, default=16, metavar="TOKENS", help="default %(default)s")
     add("--gpu-memory-utilization", type=float, default=0.90, metavar="RATIO")
     add("--json", action="store_true", help="print JSON")

@@ -251,9 +251,9 @@ def test_no_more_run_than_max_num_seqs():
 
 def test_while_more_wait_than_fit_they_come_in_bunches():
     """A step of decoding sequences alone is far cheaper on a GPU than one with a prompt in it."""
-    engine = scheduler(blocks=4000, seqs=64, budget=512)
+    engine = scheduler(blocks=4000, context=128, seqs=64, budget=512)
     for i in range(200):
-        engine.add(str(i), [5], params(2 + i % 7))
+        engine.add(str(i), [5], params(40 + i * 37 % 61))
     plans, updates = run_dry(engine)
     mixed = [p for p in plans if p.chunks and p.rows.count]
     assert all(sum(s.start == 0 for s in p.chunks) >= 2 for p in mixed[:-1])
