@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NULL_BLOCK = 0
+# In a table: no block, where a sliding window has left one behind. Sharing and releasing a table
+# pass over it.
+NO_BLOCK = -1
 
-# What a full block holds: what comes before it (the scope, or the link of the block before), and
-# its own token ids, packed. Equal keys are equal contents, from the first token on.
-BlockKey = tuple[str | int, bytes]
+# What a full block holds: the digest of all that comes before it, its own token ids, packed, and
+# the group of layers. Equal keys are equal contents, from the first token on.
+BlockKey = tuple[bytes, bytes, int]
 
 
 class OutOfBlocksError(RuntimeError):
@@ -56,8 +59,6 @@ class BlockPool:
         self._found_before: OrderedDict[int, None] = OrderedDict()
         self._by_key: dict[BlockKey, int] = {}
         self._key_of: dict[int, BlockKey] = {}
-        self._link_of: dict[int, int] = {}
-        self._next_link = 0
 
     @property
     def num_free(self) -> int:
@@ -93,6 +94,8 @@ class BlockPool:
     def share(self, blocks: Iterable[int]) -> None:
         """Add one reference to each block; all must be active."""
         for block in blocks:
+            if block == NO_BLOCK:
+                continue
             self._require_active(block)
             self._references[block] += 1
             if self._references[block] == 2:
@@ -105,6 +108,8 @@ class BlockPool:
         prefix is reused first.
         """
         for block in reversed(blocks):
+            if block == NO_BLOCK:
+                continue
             self._require_active(block)
             self._references[block] -= 1
             if self._references[block] == 1:
@@ -117,35 +122,21 @@ class BlockPool:
 
     # Contents.
 
-    def publish(self, block: int, key: BlockKey) -> int:
-        """Say what an active block holds, so that it can be found; return the content's link.
+    def publish(self, block: int, key: BlockKey) -> None:
+        """Say what an active block holds, so that it can be found.
 
-        The link stands for this block and all before it in the keys of those that follow. Where
-        another block holds the same already, that one stays the one to be found. A block that was
-        published before keeps its link, also when what preceded it has been evicted since.
+        Where another block holds the same already, that one stays the one to be found.
         """
         self._require_active(block)
         before = self._key_of.get(block)
-        if before is not None:
-            if before[1] != key[1]:
-                raise IntegrityError(f"block {block} was published before, with other contents")
-            return self._link_of[block]
-        known = self._by_key.get(key)
-        if known is None:
-            known = block
-            self._by_key[key] = block
+        if before is not None and before != key:
+            raise IntegrityError(f"block {block} was published before, with other contents")
+        if self._by_key.setdefault(key, block) == block:
             self._key_of[block] = key
-            self._link_of[block] = self._next_link
-            self._next_link += 1
-        return self._link_of[known]
 
     def find(self, key: BlockKey) -> int | None:
         """The block that holds this, active or cached; `take` it before anything is allocated."""
         return self._by_key.get(key)
-
-    def link(self, block: int) -> int:
-        """The link of a published block."""
-        return self._link_of[block]
 
     def take(self, blocks: Iterable[int]) -> None:
         """Add one reference to each of the blocks found, which may be cached."""
@@ -177,7 +168,6 @@ class BlockPool:
 
     def _unpublish(self, block: int) -> None:
         del self._by_key[self._key_of.pop(block)]
-        del self._link_of[block]
         self._found[block] = False
 
     def _queue_of(self, block: int) -> OrderedDict[int, None]:
@@ -195,6 +185,7 @@ class BlockPool:
         O(blocks): for tests and for an engine with nothing to do.
         """
         held = Counter(block for table in tables for block in table)
+        held.pop(NO_BLOCK, None)
         for block in range(self.num_blocks + 1):
             if held[block] != self._references[block]:
                 raise IntegrityError(
@@ -213,10 +204,6 @@ class BlockPool:
     def _check_contents(self) -> None:
         if {block: key for key, block in self._by_key.items()} != self._key_of:
             raise IntegrityError("blocks by content and contents by block differ")
-        if self._link_of.keys() != self._key_of.keys():
-            raise IntegrityError("a published block has no link, or a link has no block")
-        if len(set(self._link_of.values())) != len(self._link_of):
-            raise IntegrityError("two blocks have one link")
         for block in self._free:
             if block in self._key_of or self._found[block]:
                 raise IntegrityError(f"block {block} is listed as free and can be found")

@@ -27,13 +27,14 @@ from types import MappingProxyType
 import msgspec
 
 from octavo.core.beam import rebuild
-from octavo.core.block_pool import BlockPool
+from octavo.core.block_pool import NO_BLOCK, BlockPool
 from octavo.core.forecast import OutputLengths, expected_growth
 from octavo.core.group import Group
+from octavo.core.kv_groups import shared_entries, slide
 from octavo.core.policy import SchedulingPolicy
-from octavo.core.prefix_cache import PrefixCache
+from octavo.core.prefix_cache import Prefix, PrefixCache
 from octavo.core.request import Limits, Request, RequestError, make_group
-from octavo.core.sequence import Sequence, blocks_for
+from octavo.core.sequence import Sequence
 from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED, ScheduledSequence, StepPlan
 from octavo.core.waiting import WaitingQueue, WaitingTotals
 from octavo.logprobs import TokenLogprobs
@@ -90,15 +91,14 @@ class Scheduler:
     """Plans steps over groups of sequences and a block pool; knows no model, device or clock."""
 
     def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits) -> None:
-        self.max_len = min(limits.max_model_len, pool.num_blocks * limits.block_size)
+        self.max_len = min(limits.max_model_len, limits.longest(pool.num_blocks))
+        self.kv = limits.kv
         self.limits = limits
         self.pool = pool
         self.counters = Counters()
         self.output_lengths = OutputLengths()
-        self.prefix_cache = PrefixCache(
-            pool, limits.block_size, enabled=limits.enable_prefix_caching
-        )
-        self._waiting = WaitingQueue(policy, limits.block_size)
+        self.prefix_cache = PrefixCache(pool, self.kv, enabled=limits.enable_prefix_caching)
+        self._waiting = WaitingQueue(policy, self.kv)
         self._running: dict[int, Group] = {}
         self._branches: dict[int, Sequence] = {}
         self._by_request: dict[str, Group] = {}
@@ -174,7 +174,8 @@ class Scheduler:
             places = self.limits.max_num_seqs - len(self._branches)
             if group.width > min(places, draft.budget):
                 return
-            found = self.prefix_cache.find(group.lead)
+            joined_at = group.lead.num_prompt_tokens if group.width > 1 else None
+            found = self.prefix_cache.find(group.lead, joined_at)
             if self._admission_blocks(group, found) > self.pool.num_free:
                 return  # those behind it wait too: the order is the policy's, not the size's
             self._waiting.pop()
@@ -185,7 +186,7 @@ class Scheduler:
             if not self._continue(group, draft):
                 return
 
-    def _admission_blocks(self, group: Group, found: list[int]) -> int:
+    def _admission_blocks(self, group: Group, found: Prefix) -> int:
         """Blocks to be taken for its known tokens and the output it is expected to grow by.
 
         By expectation, not by `max_tokens`: reserving the worst case leaves most of the cache
@@ -194,8 +195,11 @@ class Scheduler:
         Blocks found in the cache are to be taken too, unless somebody holds them already.
         """
         growth = [expected_growth(branch, self.output_lengths.mean) for branch in group.branches]
-        active = sum(1 for block in found if self.pool.references(block))
-        return group.blocks_with(self.limits.block_size, growth) - active
+        references = self.pool.references
+        active = sum(1 for block in found.table if block != NO_BLOCK and references(block))
+        # What is drawn later runs a token at a time.
+        chunk = min(group.num_tokens, self.limits.max_num_batched_tokens)
+        return group.blocks_with(self.kv, growth, chunk) - active
 
     def _continue(self, group: Group, draft: _Draft) -> bool:
         """Schedule a running group; False when budget or blocks did not suffice for all of it."""
@@ -252,40 +256,41 @@ class Scheduler:
         At the end of the prompt each branch runs the last token for itself, to draw from it, but
         does not write it: the lead does, in the same step, and writing comes before reading.
         """
-        prompt = branch.num_prompt_tokens
+        kv, prompt = self.kv, branch.num_prompt_tokens
         branch.computed, branch.written = computed, prompt
         branch.cached_tokens = lead.cached_tokens
-        branch.block_table = lead.block_table[: blocks_for(prompt, self.limits.block_size)]
+        branch.block_table = lead.block_table[: kv.rows(prompt) * kv.count]
         self.pool.share(branch.block_table)
-        if prompt % self.limits.block_size:
+        if prompt % kv.block_size:
             # A rebuilt lead may have filled it: who writes here last does so in place.
-            self.pool.forget(branch.block_table[-1:])
+            self.pool.forget(branch.block_table[-kv.count :])
 
     def _grow(self, group: Group, sequence: Sequence, count: int, draft: _Draft) -> bool:
         """Give a running sequence blocks for `count` more tokens, preempting later ones if need be.
 
         False when its group is the last admitted and there are not enough: it sits this step out.
         """
-        size = self.limits.block_size
-        table = sequence.block_table
-        need = blocks_for(sequence.computed + count, size) - len(table)
-        copied = len(group.branches) > 1 and self._must_copy(sequence)
-        need += copied
+        kv = self.kv
+        need = kv.rows(sequence.computed + count) * kv.count - len(sequence.block_table)
+        copied = self._to_copy(sequence) if len(group.branches) > 1 else []
+        need += len(copied)
         if need <= 0:
             return True
+        if kv.sliding:
+            slide(sequence, sequence.computed, kv, self.pool)
         while self.pool.num_free < need:
             victim = self._victim(group)
             if victim is None:
                 return False
             draft.preempted += self._preempt(victim)
         blocks = self.pool.allocate(need)
-        if copied:
-            at = sequence.computed // size
-            draft.copies.append((table[at], blocks[0]))
-            self.pool.release(table[at:])
-            table = table[:at]
         # A new list where others may have been given the old one.
-        sequence.block_table = table + blocks
+        table = sequence.block_table + blocks[len(copied) :]
+        for entry, block in zip(copied, blocks, strict=False):
+            draft.copies.append((table[entry], block))
+            self.pool.release(table[entry : entry + 1])
+            table[entry] = block
+        sequence.block_table = table
         return True
 
     def _victim(self, group: Group) -> Group | None:
@@ -303,18 +308,15 @@ class Scheduler:
     def _cost_of_a_block(self, group: Group) -> float:
         """Tokens to be computed again for each block that its preemption would free."""
         held = Counter(block for branch in group.branches for block in branch.block_table)
+        held.pop(NO_BLOCK, None)
         freed = sum(1 for block, n in held.items() if self.pool.references(block) == n)
         return group.num_computed / freed if freed else math.inf
 
-    def _must_copy(self, sequence: Sequence) -> bool:
-        """True when the block that its next token is written to is in another table too."""
-        at = sequence.computed // self.limits.block_size
-        table = sequence.block_table
-        return (
-            sequence.computed >= sequence.written
-            and at < len(table)
-            and self.pool.references(table[at]) > 1
-        )
+    def _to_copy(self, sequence: Sequence) -> list[int]:
+        """Entries of its table that its next token is written to and that others hold too."""
+        if sequence.computed < sequence.written:
+            return []
+        return shared_entries(sequence, self.kv, self.pool)
 
     def _schedule(self, sequence: Sequence, count: int) -> ScheduledSequence:
         start = sequence.computed
@@ -369,6 +371,10 @@ class Scheduler:
             sequence.computed = share.start + len(share.token_ids)
             if token != NO_TOKEN:
                 self.prefix_cache.publish(sequence)
+            if self.kv.sliding and len(share.token_ids) > 1:
+                # Branches that are rebuilt will join at the prompt's end and need what it sees.
+                done = min(sequence.computed, sequence.num_prompt_tokens)
+                slide(sequence, done, self.kv, self.pool)
             if token is None:
                 continue
             if sequence.params.use_beam_search:
@@ -458,7 +464,7 @@ class Scheduler:
         """Why there is no token."""
         if token == NO_TOKEN:
             # NaN may stand in any of its blocks: nobody else may find them.
-            self.pool.forget(sequence.block_table)
+            self.prefix_cache.forget(sequence)
         return f"{_NO_TOKEN_TEXTS[token]} after {len(sequence.tokens)} tokens"
 
     def _finish(self, sequence: Sequence) -> None:

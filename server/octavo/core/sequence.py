@@ -22,7 +22,7 @@ class Sequence:
     again to draw from the last of them, and are then not written.
 
     For the prefix cache: only sequences of one `scope` find each other's blocks. The first
-    `chained` blocks are full and published, and `link` stands for the last of them.
+    `chained` rows of the table are full and published; `link` is the digest of their tokens.
     `cached_tokens` were found when the sequence first ran.
     """
 
@@ -43,7 +43,7 @@ class Sequence:
     written: int = 0
     scope: str = ""
     chained: int = 0
-    link: int = -1
+    link: bytes = b""
     cached_tokens: int = 0
 
     @property

@@ -158,7 +158,7 @@ class EngineLoop:
             scheduler.running,
             waiting,
             active_blocks=counts.active,
-            block_size=scheduler.limits.block_size,
+            kv=scheduler.kv,
             mean_output=scheduler.output_lengths.mean,
             tokens_per_s=rates.decode_tokens_per_s,
         )
