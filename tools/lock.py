@@ -23,7 +23,7 @@ def main() -> None:
     )
     folder = setup.ROOT / "requirements"
     setup.run(uv, *common, "--upgrade", "--extra", "dev", "-o", folder / "dev.lock")
-    for extra in ("server", "operator", "build"):
+    for extra in ("server", "operator", "build", "cuda"):
         lock = folder / f"{extra}.lock"
         lock.unlink(missing_ok=True)
         setup.run(uv, *common, "--extra", extra, "-c", folder / "dev.lock", "-o", lock)

@@ -8,13 +8,15 @@ each part has a stamp made of what it depends on.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +99,10 @@ def sync_packages(uv: Path) -> None:
     value = digest([lock], sys.version, sys.prefix)
     if stamped("packages", value):
         return
-    run(sys.executable, "-m", "venv", "--clear", "--without-pip", VENV)
+    if not stamped("python", sys.version):
+        run(sys.executable, "-m", "venv", "--clear", "--without-pip", VENV)
+        (VENV / ".octavo-python").write_text(sys.version)
+    (VENV / ".octavo-editable").unlink(missing_ok=True)  # syncing takes out what no lock names
     run(
         uv,
         "pip",
@@ -117,7 +122,7 @@ def install_octavo(uv: Path) -> None:
     native = [
         p
         for p in (ROOT / "kernels").rglob("*")
-        if p.suffix in {".cpp", ".h", ".cuh", ".cu", ".txt"} and p.is_file()
+        if p.suffix in {".cpp", ".h", ".cuh", ".cu", ".txt", ".cmake"} and p.is_file()
     ]
     modules = [
         str(p.relative_to(ROOT))
@@ -143,12 +148,21 @@ def install_octavo(uv: Path) -> None:
     (VENV / ".octavo-editable").write_text(value)
 
 
+@contextlib.contextmanager
+def only_one() -> Iterator[None]:
+    """One setup at a time in a checkout; the second one waits, and then has little to do."""
+    with (ROOT / "tools" / "setup.py").open() as itself:
+        fcntl.flock(itself, fcntl.LOCK_EX)
+        yield
+
+
 def main() -> None:
     """Everything that a test needs, short of a cluster."""
     ensure_system_packages()
-    uv = ensure_uv()
-    sync_packages(uv)
-    install_octavo(uv)
+    with only_one():
+        uv = ensure_uv()
+        sync_packages(uv)
+        install_octavo(uv)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 // Pointers are to host memory; sizes are in elements unless a name says bytes.
 #pragma once
 
+#include "types.h"
+
 #include <cstdint>
 #include <string>
 #include <vector>
 
 namespace octavo {
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct PagedAttention {
   DType dtype;                  // of query, caches and out
@@ -69,8 +69,6 @@ struct Rope {
   bool interleaved;          // element 2i pairs with 2i + 1, else i with i + rotary/2
   int threads;
 };
-
-enum class Function : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
 struct Activation {
   DType dtype;

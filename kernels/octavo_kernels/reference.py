@@ -108,9 +108,8 @@ def rms_norm(
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None,
-    out: torch.Tensor,
     offset: float,
-) -> None:
+) -> torch.Tensor:
     """Root-mean-square norm of each row; with `residual`, of residual + x, which it becomes.
 
     Without an offset to the weight the normed row is rounded before the weight is applied, with
@@ -121,7 +120,9 @@ def rms_norm(
         x = residual
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    out.copy_(scaled * (offset + weight.float()) if offset else scaled.to(x.dtype) * weight)
+    if offset:
+        return (scaled * (offset + weight.float())).to(x.dtype)
+    return scaled.to(x.dtype) * weight
 
 
 def layer_norm(
@@ -130,14 +131,14 @@ def layer_norm(
     bias: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     """Layer norm of each row; with `residual`, of residual + x, which it becomes."""
     if residual is not None:
         residual += x
         x = residual
     wide_bias = None if bias is None else bias.float()
-    out.copy_(functional.layer_norm(x.float(), x.shape[-1:], weight.float(), wide_bias, eps))
+    normed = functional.layer_norm(x.float(), x.shape[-1:], weight.float(), wide_bias, eps)
+    return normed.to(x.dtype)
 
 
 def rope(
@@ -165,15 +166,15 @@ def rope(
         high.copy_(turned[1])
 
 
-def act(x: torch.Tensor, function: Function, out: torch.Tensor) -> None:
+def act(x: torch.Tensor, function: Function) -> torch.Tensor:
     """The function of each element; "gelu" is the exact one, "gelu_tanh" its approximation."""
-    out.copy_(_FUNCTIONS[function](x.float()))
+    return _FUNCTIONS[function](x.float()).to(x.dtype)
 
 
-def act_and_mul(x: torch.Tensor, function: Function, out: torch.Tensor) -> None:
+def act_and_mul(x: torch.Tensor, function: Function) -> torch.Tensor:
     """function(left half) * right half of each row."""
     gate, up = x.float().chunk(2, dim=-1)
-    out.copy_(_FUNCTIONS[function](gate) * up)
+    return (_FUNCTIONS[function](gate) * up).to(x.dtype)
 
 
 def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:

@@ -6,14 +6,13 @@ measured.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import ModelError
+from octavo.json_object import read_json_object
 
-MAX_CONFIG_BYTES = 8 << 20
 _MOST = 1 << 32
 # Families that know no grouped queries, whatever keys their configs carry.
 _UNGROUPED = ("gpt2", "opt", "gpt_neox")
@@ -40,7 +39,10 @@ class ModelShape:
 def read_shape(folder: Path) -> ModelShape:
     """The shape in the folder's config.json; raises `ModelError` naming the key that is wrong."""
     path = folder / "config.json"
-    config = _Config(path, _read(path))
+    values = read_json_object(path)
+    if values is None:
+        raise ModelError(f"{path} is missing; is this the model's folder?")
+    config = _Config(path, values)
     names = config.values.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else "unknown"
     text = config.values.get("text_config")
@@ -90,20 +92,3 @@ class _Config:
         if name not in _DTYPES:
             raise ModelError(f"{self.path}: dtype is {name!r:.40}; known: {', '.join(_DTYPES)}")
         return name
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ModelError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; that is no config")
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} must hold a JSON object")
-    return values

@@ -138,14 +138,14 @@ def test_a_wrong_field_is_named(server: ApiServer, path: str, field: str, value:
     ("path", "field", "value"),
     [
         *((CHAT, *pair) for pair in [
-            ("best_of", 2), ("echo", True),
+            ("echo", True),
             ("tools", [{"type": "function"}]), ("tool_choice", "required"),
             ("response_format", {"type": "json_object"}), ("functions", [{}]),
             ("chat_template", "x"), ("continue_final_message", True), ("guided_json", {}),
             ("modalities", ["audio"]),
         ]),
         *((TEXT, *pair) for pair in [
-            ("best_of", 2), ("suffix", "x"), ("use_beam_search", True),
+            ("suffix", "x"),
             ("structured_outputs", {"regex": "a"}),
         ]),
     ],
@@ -172,6 +172,27 @@ def test_what_is_not_supported_is_refused_by_name(
     ],
 )  # fmt: skip
 def test_wrong_logprobs(server: ApiServer, path: str, body: dict[str, Any], field: str) -> None:
+    prompt = {"messages": USER} if path == CHAT else {"prompt": "a"}
+    error = refused(server.http.post(path, json={**prompt, **body}))
+    assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of"), ({"best_of": 129}, "best_of"),
+        ({"best_of": 0}, "best_of"), ({"best_of": 2, "stream": True}, "best_of"),
+        ({"use_beam_search": True, "temperature": 0.5}, "temperature"),
+        ({"use_beam_search": True, "top_p": 0.5}, "top_p"),
+        ({"use_beam_search": True, "n": 4, "best_of": 2}, "best_of"),
+        ({"use_beam_search": True, "early_stopping": "always"}, "early_stopping"),
+        ({"use_beam_search": True, "length_penalty": 11}, "length_penalty"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_wrong_numbers_of_samples(
+    server: ApiServer, path: str, body: dict[str, Any], field: str
+) -> None:
     prompt = {"messages": USER} if path == CHAT else {"prompt": "a"}
     error = refused(server.http.post(path, json={**prompt, **body}))
     assert error["param"] == field

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -58,6 +59,57 @@ def ask(server: ApiServer, question: str, **more: Any) -> dict[str, Any]:
     answer = server.http.post(CHAT, json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_a_beam_search_answers_with_transformers_hypotheses(server: ApiServer, width: int) -> None:
+    tokenizer, model = oracle()
+    prompt = tokenizer("What is 12 + 7?", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        found = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            num_beams=width,
+            num_return_sequences=2,
+            max_new_tokens=24,
+            length_penalty=0.8,
+            early_stopping=True,
+        )[:, prompt.shape[1] :]
+    body = {
+        "prompt": prompt[0].tolist(),
+        "use_beam_search": True,
+        "best_of": width,
+        "n": 2,
+        "max_tokens": 24,
+        "length_penalty": 0.8,
+        "early_stopping": True,
+    }
+    answer = server.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    texts = [choice["text"] for choice in answer.json()["choices"]]
+    assert texts == [tokenizer.decode(row, skip_special_tokens=True) for row in found]
+    # Streamed, a hypothesis comes whole.
+    streamed = {0: "", 1: ""}
+    with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as got:
+        for line in got.iter_lines():
+            for choice in json.loads(line[6:])["choices"] if line.startswith("data: {") else ():
+                streamed[choice["index"]] += choice["text"]
+    assert [streamed[0], streamed[1]] == texts
+
+
+def test_best_of_answers_with_the_most_probable_samples(server: ApiServer) -> None:
+    body = {"prompt": "Count from", "temperature": 1.5, "seed": 1, "max_tokens": 12}
+    body["ignore_eos"] = True  # whose log-probability is not told
+    every = server.http.post("/v1/completions", json={**body, "n": 5, "logprobs": 0}).json()
+    score = [(sum(c["logprobs"]["token_logprobs"]), c["text"]) for c in every["choices"]]
+    assert len(set(score)) > 2
+    best = server.http.post("/v1/completions", json={**body, "n": 2, "best_of": 5}).json()
+    expected = [text for _, text in sorted(score, reverse=True)[:2]]
+    assert [c["text"] for c in best["choices"]] == expected
+    assert [c["index"] for c in best["choices"]] == [0, 1]
+    assert all(c["logprobs"] is None for c in best["choices"])
+    assert best["usage"]["completion_tokens"] == every["usage"]["completion_tokens"]
 
 
 def stream_text(server: ApiServer, question: str) -> str:

@@ -125,7 +125,7 @@ def test_wrong_flags_are_named(words, message, capsys, tmp_path, monkeypatch):
 def test_a_folder_without_a_model_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OCTAVO_TERMINATION_LOG", str(tmp_path / "log"))
     assert cli.main(["plan", str(tmp_path), "--gpu", "h100"]) == ExitCode.CONFIG
-    assert "config.json cannot be read: No such file" in capsys.readouterr().err
+    assert "config.json is missing; is this the model's folder?" in capsys.readouterr().err
 
 
 shapes = st.builds(

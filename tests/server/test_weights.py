@@ -229,6 +229,8 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
     """Flip, cut, insert or repeat some bytes, mostly where the header is."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
+        if not changed:  # what was cut to nothing stays so
+            break
         at = rng.randrange(min(len(changed), 420)) if rng.random() < 0.9 else len(changed) - 1
         kind = rng.randrange(5)
         if kind == 0:

@@ -97,7 +97,7 @@ class EngineClient:
 
     def submit(self, request: AddRequest, mailbox: Mailbox, first: int) -> None:
         """Send a request; its samples' outputs will arrive in `mailbox`, numbered from `first`."""
-        samples = set(range(request.params.branches))
+        samples = set(range(request.params.num_outputs))
         self._owners[request.request_id] = _Owner(mailbox, first, samples)
         if self._gone is not None:
             self.fail_all(self._gone)

@@ -62,6 +62,7 @@ class Prompt:
     params: SamplingParams
     echo: str | None = None
     echo_only: bool = False
+    shows_logprobs: bool = True  # not where the engine tells them for the ranking alone
     shows_prompt_logprobs: bool = False
     priority: int = 0
     cache_salt: str = ""
@@ -81,6 +82,7 @@ class Choice:
         self._text = TextAssembly(tokenizer, prompt.token_ids, params)
         self.of_prompt: list[TokenLogprobs] = []  # set before the first output is fed
         self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.cumulative_logprob = 0.0
         self._begun = False
         self._placed: list[PlacedLogprobs] = []  # not yet in a delta
 
@@ -95,6 +97,7 @@ class Choice:
             if output.logprobs is not None:
                 offset = len(self._prompt.echo or "") + self._text.num_chars
                 self._place(token_id, offset, output.logprobs[place])
+                self.cumulative_logprob += output.logprobs[place].logprob
             text += self._text.push(token_id)
             if self._text.matched is not None:
                 return self._finish(text, "stop", self._text.matched)
@@ -124,6 +127,8 @@ class Choice:
     def _end(self, text: str, output: TokenOutput) -> Delta:
         if output.stop_token_id is not None:
             self.usage.completion_tokens += 1
+            if output.logprobs is not None and len(output.logprobs) > len(output.token_ids):
+                self.cumulative_logprob += output.logprobs[-1].logprob
         text += self._text.flush(output.stop_token_id)
         if self._text.matched is not None:
             return self._finish(text, "stop", self._text.matched)
@@ -138,6 +143,8 @@ class Choice:
         self, text: str, reason: str | None = None, stop_reason: int | str | None = None
     ) -> Delta:
         placed, self._placed = tuple(self._placed), []
+        if not self._prompt.shows_logprobs:
+            placed = ()
         return Delta(self.index, text, reason, stop_reason, placed)
 
     def _finish(self, text: str, reason: str, stop_reason: int | str | None) -> Delta:
@@ -149,6 +156,7 @@ class Choice:
 class Generation:
     """The sequences of one HTTP request: of each prompt, one after another, its samples.
 
+    Of the samples of a prompt `kept` are answered with, the most probable.
     `close` must be called, however the request ends.
     """
 
@@ -158,6 +166,7 @@ class Generation:
     metrics: Metrics
     on_close: Callable[[float], None]
     samples: int = 1
+    kept: int = 1
     mailbox: Mailbox = field(default_factory=Mailbox)
     started: float = field(default_factory=time.monotonic)
     _last: dict[int, float] = field(default_factory=dict)
@@ -181,6 +190,17 @@ class Generation:
             deltas = [d for a in await self.mailbox.take() if (d := self._accept(a)) is not None]
             if deltas:
                 yield _merged(deltas)
+
+    def best(self) -> list[int]:
+        """Which choices to answer with, prompt by prompt, the most probable first if any are left
+        out."""
+        indices: list[int] = []
+        for first in range(0, len(self.choices), self.samples):
+            of_prompt = list(range(first, first + self.samples))
+            if self.kept < self.samples:
+                of_prompt.sort(key=lambda i: -self.choices[i].cumulative_logprob)
+            indices += of_prompt[: self.kept]
+        return indices
 
     def usage(self) -> Usage:
         """Counts over all choices; a prompt counts once, whatever its samples."""

@@ -93,7 +93,7 @@ async def _collect(generation: Generation, form: Form) -> bytes:
                 answers[delta.index].add(delta)
     for answer, choice in zip(answers, generation.choices, strict=True):
         answer.prompt_logprobs = choice.prompt_logprobs
-    return form.whole(answers, generation.usage())
+    return form.whole([answers[i] for i in generation.best()], generation.usage())
 
 
 class StreamResponse(Response):

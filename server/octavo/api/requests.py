@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -15,9 +15,6 @@ from octavo.text.template import Message
 
 # Each field with the values that ask for nothing; any other value is refused by name.
 _UNSUPPORTED_BOTH: Mapping[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "guided_json": (),
@@ -50,7 +47,8 @@ _UNSUPPORTED_COMPLETION: Mapping[str, tuple[object, ...]] = {
 }
 # Fields whose values the engine takes as they are.
 _SAMPLING = (
-    "n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty",
+    "n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "min_tokens",
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words",
     "seed", "stop", "stop_token_ids", "ignore_eos", "prompt_logprobs",
     "include_stop_str_in_output", "skip_special_tokens",
@@ -84,6 +82,10 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     n: int | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     min_p: float | None = None
@@ -109,11 +111,24 @@ class SamplingBody(msgspec.Struct, kw_only=True):
         return None
 
     def samples(self, most: int) -> int:
-        """How many answers to each prompt; they run together, so at most as many as may run."""
-        n, most = 1 if self.n is None else self.n, min(most, MAX_N)
-        if not 1 <= n <= most:
-            raise ApiError(400, f"n must be in 1..{most}, got {n}", param="n")
-        return n
+        """How many outputs of each prompt; all run together, so at most as many as may run.
+
+        Of a beam search the engine gives the best, of samples all: which are best is known here.
+        """
+        most = min(most, MAX_N)
+        n = 1 if self.n is None else self.n
+        branches = n if self.best_of is None else self.best_of
+        for name, value in (("n", n), ("best_of", branches)):
+            if not 1 <= value <= most:
+                raise ApiError(400, f"{name} must be in 1..{most}, got {value}", param=name)
+        if branches < n:
+            raise ApiError(400, f"best_of ({branches}) is below n ({n})", param="best_of")
+        return n if self.use_beam_search else branches
+
+    @property
+    def ranks(self) -> bool:
+        """Whether more samples are drawn than answered with."""
+        return not self.use_beam_search and (self.best_of or 1) > (self.n or 1)
 
     @property
     def echoes(self) -> bool:
@@ -127,12 +142,16 @@ class SamplingBody(msgspec.Struct, kw_only=True):
 
         `defaults` stand for what the request leaves out.
         """
+        searches = bool(self.use_beam_search)
         given: dict[str, Any] = {
-            **defaults,
+            # A search draws nothing, so that how to draw does not concern it.
+            **({"temperature": 0.0} if searches else defaults),
             **{name: v for name in _SAMPLING if (v := getattr(self, name)) is not None},
             "max_tokens": max_tokens,
             "logprobs": self.asked_logprobs,
         }
+        if self.ranks and self.asked_logprobs is None:
+            given["logprobs"] = 0  # they tell which samples are the best
         if given.get("top_k") == 0:  # vLLM's other way to say "off"
             given["top_k"] = -1
         given["top_k"] = min(given.get("top_k", -1), vocab_size)
@@ -276,6 +295,13 @@ def _decode(raw: bytes, body: type[Body], unsupported: Mapping[str, tuple[object
         raise _wrong_type(error) from error
     if decoded.stream_options is not None and not decoded.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    if decoded.stream and decoded.ranks:
+        raise ApiError(
+            400,
+            "best_of above n cannot be streamed: which samples are best is known at the end; "
+            "leave stream out",
+            param="best_of",
+        )
     if decoded.stream and decoded.prompt_logprobs is not None:
         raise ApiError(
             400, "prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs"

@@ -154,6 +154,7 @@ class Serving:
             self.metrics,
             on_close=lambda seconds: self._leave(count, seconds),
             samples=samples,
+            kept=(body.n or 1) if body.ranks else samples,
         )
         generation.submit(prompts)
         self.lifecycle.on_in_flight(self.engine.in_flight)
@@ -214,7 +215,7 @@ def _prompt(
     max_tokens = 1 if echo_only else room if asked is None else asked
     try:
         params = body.sampling_params(max_tokens, engine.vocab_size, text.sampling_defaults)
-        if asked is None and params.n > 1:
+        if asked is None and params.branches > 1:
             # Not the context but the cache bounds what samples that run together can get.
             params = msgspec.structs.replace(params, max_tokens=None)
         if params.bad_words:
@@ -235,6 +236,7 @@ def _prompt(
         params,
         echo=text.tokenizer.decode(ids) if body.echoes else None,
         echo_only=echo_only,
+        shows_logprobs=body.asked_logprobs is not None,
         shows_prompt_logprobs=body.prompt_logprobs is not None,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import ModelError, UnsupportedModelError
+from octavo.json_object import read_json_object
 
-MAX_CONFIG_BYTES = 8 << 20
 _REQUIRED = object()
 
 
@@ -151,19 +151,5 @@ def read_eos_token_ids(folder: Path, config: HfConfig, vocab_size: int) -> tuple
 
 
 def _read_object(path: Path) -> HfConfig | None:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ModelError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; that is no config")
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return HfConfig(str(path), values)
+    values = read_json_object(path)
+    return None if values is None else HfConfig(str(path), values)

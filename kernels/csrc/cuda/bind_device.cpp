@@ -1,0 +1,35 @@
+#include "cuda/device.h"
+#include "cuda/launch.h"
+
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace octavo::cuda {
+namespace {
+
+py::dict report(int device) {
+  const DeviceReport found = device_report(device);
+  py::dict dict;
+  dict["name"] = found.name;
+  dict["capability"] = found.capability;
+  dict["multiprocessors"] = found.multiprocessors;
+  dict["l2_bytes"] = found.l2_bytes;
+  dict["shared_bytes"] = found.shared_bytes;
+  dict["driver_version"] = found.driver_version;
+  dict["runtime_version"] = found.runtime_version;
+  dict["binary_version"] = found.binary_version;
+  dict["architectures"] = found.architectures;
+  return dict;
+}
+
+}  // namespace
+
+void bind_device(py::module_& m) {
+  using py::operator""_a;
+  m.def("device_report", &report, "device"_a);
+  m.def("set_overlap", [](bool on) { overlap() = on; }, "on"_a,
+        "Whether a kernel may begin before the one ahead of it has ended.");
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,20 @@
+// Every call into the CUDA runtime goes through check(): no error is passed over in silence.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace octavo::cuda {
+
+// Throws with the error's name, which device.h's classes and the Python side recognize. The
+// runtime's "last error" is cleared, so that the next call does not report this one again.
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + " (" +
+                           cudaGetErrorString(error) + ")");
+}
+
+}  // namespace octavo::cuda

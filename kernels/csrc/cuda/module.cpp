@@ -1,0 +1,17 @@
+// octavo_kernels._cuda. Tensors arrive as addresses, streams as integers; cuda*.py has matched
+// shapes. The interpreter's lock is kept: a launch takes microseconds, getting it back may not.
+// Nothing here needs a driver to be loaded: the module imports on any machine.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace octavo::cuda {
+
+void bind_device(py::module_& m);
+
+}  // namespace octavo::cuda
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "Operations on a GPU; called by octavo_kernels' cuda modules only.";
+  octavo::cuda::bind_device(m);
+}

@@ -1,0 +1,27 @@
+"""What the back ends of compiled code share: its numbers for types and functions, addresses."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo_kernels.reference import Function
+
+# In the order of types.h.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FUNCTIONS: tuple[Function, ...] = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+class Unserved(NotImplementedError):  # noqa: N818 (an answer, not a failure)
+    """A back end has no kernel for these arguments; the text says what is served."""
+
+
+def type_code(op: str, tensor: torch.Tensor) -> int:
+    """The compiled modules' number of a floating type (types.h `DType`)."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{op}: no kernel for {tensor.dtype}; there are {FLOATS}")
+    return FLOATS.index(tensor.dtype)
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where the tensor's elements begin; 0, a null pointer, where there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
