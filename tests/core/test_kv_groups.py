@@ -250,7 +250,7 @@ def test_blocks_held_at_ten_times_the_window_are_bounded(windows, budget):
     engine = Engine(windows, context=400, blocks=400, budget=budget)
     length = 10 * max(w or 0 for w in windows)
     engine.add("a", TEXT[: length // 2], length // 2)
-    held = {group: 0 for group in range(len(windows))}
+    held = dict.fromkeys(range(len(windows)), 0)
     while engine.scheduler.has_work:
         plan = engine.step()
         if len(plan.sequences[0].token_ids) == 1:
@@ -294,7 +294,7 @@ def test_a_request_must_fit_with_the_largest_chunk():
     engine = Engine((None, 8), blocks=20, budget=16, context=400)
     # Full: 13 blocks of 50 tokens; windowed: 3 for the window and 4 for a chunk's other tokens.
     assert engine.scheduler.max_len == 13 * 4
-    with pytest.raises(RequestError, match="at most 51 leave room .*KV cache 52"):
+    with pytest.raises(RequestError, match=r"at most 51 leave room .*KV cache 52"):
         engine.add("a", TEXT[:52])
     engine.add("a", TEXT[:40], None)
     assert len(engine.finish()["a", 0]) == 12
@@ -377,8 +377,8 @@ def test_a_hit_needs_only_the_window_of_a_windowed_group():
     digests = digests_of(TEXT[:64])
     keep = {digests[43], digests[47]}
     pool.forget([block for end, block in by_end.items() if end not in keep])
-    assert engine.run(TEXT[:48] + [1, 2, 3]) == 48
-    assert engine.run(TEXT[:44] + [9, 9, 9]) == 0, "positions 37 to 39 are gone"
+    assert engine.run([*TEXT[:48], 1, 2, 3]) == 48
+    assert engine.run([*TEXT[:44], 9, 9, 9]) == 0, "positions 37 to 39 are gone"
 
 
 def test_a_full_repeat_writes_nothing_in_any_group():

@@ -25,6 +25,7 @@ class FakeRunner:
     vocab_size = 97
     eos_token_ids = (3,)
     kv_bytes_per_block = 1024
+    kv_windows = (None,)
     device = "cpu"
     dtype_name = "float32"
 

@@ -103,15 +103,11 @@ def demand_blocks(
     counted once.
     """
     demand = {}
-    sizes = [
-        (len(s.tokens), expected_growth(s, mean_output), _blocks_held(s, kv))
-        for s in running
-    ]
+    sizes = [(len(s.tokens), expected_growth(s, mean_output), _blocks_held(s, kv)) for s in running]
     for name, seconds in HORIZONS.items():
         pace = int(tokens_per_s * seconds)
         need = active_blocks + sum(
-            max(0, kv.settled(tokens + min(pace, growth)) - held)
-            for tokens, growth, held in sizes
+            max(0, kv.settled(tokens + min(pace, growth)) - held) for tokens, growth, held in sizes
         )
         demand[name] = need + _waiting_demand(waiting, pace, mean_output, kv)
     return demand
@@ -125,9 +121,7 @@ def _blocks_held(sequence: Sequence, kv: KvGroups) -> int:
     return len(sequence.block_table) - holes
 
 
-def _waiting_demand(
-    waiting: WaitingTotals, pace: int, mean_output: float, kv: KvGroups
-) -> int:
+def _waiting_demand(waiting: WaitingTotals, pace: int, mean_output: float, kv: KvGroups) -> int:
     """From sums alone, so that a long queue costs nothing; a bound from above, tight for equals.
 
     Windows that are full do not grow; how many are is not in the sums.

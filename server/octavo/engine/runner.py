@@ -79,6 +79,7 @@ class Runner:
         self.dtype_name = _dtype_name(dtype, self.device, self.spec)
         self.max_model_len = _max_model_len(max_model_len, self.spec)
         self.block_size = block_size
+        self._layout = self.spec.kv_layout(self.max_model_len)
         self._seed = seed
         progress("check", 1.0)
 
@@ -104,15 +105,20 @@ class Runner:
 
     @property
     def kv_shape(self) -> memory_plan.KvShape:
-        """What the memory plan needs to know of the model."""
+        """What the memory plan needs to know of a group of layers."""
         spec = self.spec
         return memory_plan.KvShape(
-            spec.num_layers, spec.num_kv_heads, spec.head_dim, self.dtype_name
+            self._layout.layers_per_group, spec.num_kv_heads, spec.head_dim, self.dtype_name
         )
 
     @property
+    def kv_windows(self) -> tuple[int | None, ...]:
+        """The windows of the groups of layers; None for one that keeps everything."""
+        return self._layout.windows
+
+    @property
     def kv_bytes_per_block(self) -> int:
-        """Bytes of one KV block across all layers."""
+        """Bytes of one KV block across the layers of a group."""
         return memory_plan.kv_bytes_per_block(self.kv_shape, self.block_size)
 
     def free_memory_for_kv(self, gpu_memory_utilization: float) -> int:
@@ -127,7 +133,8 @@ class Runner:
         spec = self.spec
         self._progress("cache", 0.0)
         shape = (
-            spec.num_layers, 2, num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim
+            self._layout.layers_per_group, 2, num_blocks, self.block_size, spec.num_kv_heads,
+            spec.head_dim,
         )  # fmt: skip
         try:
             kv_cache = _zeros(shape, _DTYPES[self.dtype_name], self.device)
@@ -137,7 +144,9 @@ class Runner:
                 f"a KV pool of {num_blocks} blocks ({size:.2f} GiB) cannot be allocated on "
                 f"{self.device}; set --num-kv-blocks lower"
             ) from error
-        self._steps = EagerSteps(self._decoder, kv_cache, self.eos_token_ids, self._seed)
+        self._steps = EagerSteps(
+            self._decoder, kv_cache, len(self.kv_windows), self.eos_token_ids, self._seed
+        )
         self._progress("cache", 1.0)
 
     def submit(self, plan: StepPlan) -> Step:

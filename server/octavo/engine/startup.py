@@ -14,7 +14,6 @@ from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits
 from octavo.core.scheduler import Scheduler
-from octavo.core.sequence import blocks_for
 from octavo.core.step import StepPlan, StepResult
 from octavo.engine.locate import locate
 from octavo.engine.loop import EngineLoop, RunnerError
@@ -30,12 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 class ModelRunner(Protocol):
-    """What the engine needs of a loaded model. `kv_bytes_per_block` counts all layers."""
+    """What the engine needs of a loaded model.
+
+    `kv_bytes_per_block` counts the layers of a group, and `kv_windows` are the groups' windows.
+    """
 
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     kv_bytes_per_block: int
+    kv_windows: tuple[int | None, ...]
     device: object
     dtype_name: str
 
@@ -104,10 +107,10 @@ def start(
         trust_remote_code=config.trust_remote_code,
     )
     report("cache", 0)
-    num_blocks = size_pool(config, runner)
+    limits = _limits(config, runner)
+    num_blocks = size_pool(config, runner, limits)
     runner.allocate_kv(num_blocks + 1)
     report("warmup", 0)
-    limits = _limits(config, runner)
     warm_up(runner, limits, num_blocks)
     scheduler = _scheduler(limits, num_blocks, config.scheduling_policy)
     ready = wire.Ready(
@@ -131,7 +134,7 @@ def _load_attribute(spec: str) -> Callable[..., ModelRunner]:
     return attribute
 
 
-def size_pool(config: EngineConfig, runner: ModelRunner) -> int:
+def size_pool(config: EngineConfig, runner: ModelRunner, limits: Limits) -> int:
     """Usable KV blocks: as many as asked for, else as memory gives and the batch can use."""
     size = runner.kv_bytes_per_block
     if config.num_kv_blocks is not None:
@@ -144,13 +147,13 @@ def size_pool(config: EngineConfig, runner: ModelRunner) -> int:
         return asked
     free = runner.free_memory_for_kv(config.gpu_memory_utilization)
     fit = free // size - 1
-    each = blocks_for(runner.max_model_len, config.block_size)
+    each = limits.kv.blocks([limits.max_model_len], chunk=limits.max_num_batched_tokens)
     if fit < each:
         raise DoesNotFitError(
             f"the KV cache of one sequence of {runner.max_model_len} tokens needs "
             f"{each * size // _MIB} MiB and {max(0, free) // _MIB} MiB are free; set "
-            f"--max-model-len to at most {max(0, fit) * config.block_size}, or give more memory "
-            "(--gpu-memory-utilization, the pod's memory limit)"
+            f"--max-model-len to at most {max(0, limits.longest(max(0, fit)))}, or give more "
+            "memory (--gpu-memory-utilization, the pod's memory limit)"
         )
     # Without a prefix cache, blocks beyond the largest batch would never be used.
     return fit if config.enable_prefix_caching else min(fit, each * config.max_num_seqs)
@@ -166,6 +169,7 @@ def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
         vocab_size=runner.vocab_size,
         eos_token_ids=frozenset(runner.eos_token_ids),
         enable_prefix_caching=config.enable_prefix_caching,
+        kv_windows=runner.kv_windows,
     )
 
 

@@ -26,31 +26,36 @@ Parameters = dict[str, torch.Tensor]
 class Batch:
     """The tokens of one step, of all its sequences one after another.
 
-    `slots` says where each token's key and value are stored. `query_start` (one entry more than
-    sequences) delimits the sequences; `seq_lens` counts their tokens, cached ones included.
-    `logit_rows` names the tokens whose logits are wanted. The first `num_decodes` sequences have
-    one token each, none has more than `max_query_len`; 0 and None say that nothing is known.
+    `block_tables` and `slots` have a tensor for each group of layers (`kv_layout.KvLayout`); a slot
+    says where a token's key and value are stored in the group's layers. `query_start` (one entry
+    more than sequences) delimits the sequences; `seq_lens` counts their tokens, cached ones
+    included. `logit_rows` names the tokens whose logits are wanted. The first `num_decodes`
+    sequences have one token each, none has more than `max_query_len`; 0 and None say that nothing is known.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor
+    slots: tuple[torch.Tensor, ...]
     query_start: torch.Tensor
     seq_lens: torch.Tensor
-    block_tables: torch.Tensor
+    block_tables: tuple[torch.Tensor, ...]
     logit_rows: torch.Tensor
     num_decodes: int = 0
     max_query_len: int | None = None
 
 
 class Decoder:
-    """A decoder-only model. Query, key and value share one matrix, so do gate and up."""
+    """A decoder-only model. Query, key and value share one matrix, so do gate and up.
+
+    `max_positions` bounds the length of all sequences, and so decides the layout of the KV cache.
+    """
 
     def __init__(
         self, spec: DecoderSpec, parameters: Parameters, *, max_positions: int, device: torch.device
     ) -> None:
         self.spec = spec
         self.parameters = parameters
+        self._places = spec.kv_layout(max_positions).places
         self._rope_tables = {
             rope: rope_table(rope, spec.rotary_dim, max_positions).to(device)
             for rope in {layer.rope for layer in spec.layers}
@@ -71,7 +76,7 @@ class Decoder:
 
     def hidden(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """The last layer's normed output of `batch.logit_rows`. Keys and values of the batch go to
-        `kv_cache`, which is [layers, 2, blocks, block_size, kv_heads, head_dim].
+        `kv_cache`, which is [layers of a group, 2, blocks, block_size, kv_heads, head_dim].
 
         `residual` is the sum of what all layers before gave; `x` is what was given last and is
         added to it by the norm that comes next, in one pass.
@@ -81,7 +86,7 @@ class Decoder:
         for i, layer in enumerate(spec.layers):
             at = f"layers.{i}."
             normed = self._add_norm(at + "input_norm", x, residual)
-            x = self._attention(i, layer, normed, batch, kv_cache[i])
+            x = self._attention(i, layer, normed, batch, kv_cache)
             if spec.placement == "parallel":
                 aside = normed if spec.shared_norm else self._norm(at + "mlp_norm", residual)
                 x = x + self._mlp(at, layer, aside)
@@ -105,6 +110,8 @@ class Decoder:
         self, index: int, layer: LayerSpec, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         spec, at = self.spec, f"layers.{index}."
+        group, plane = self._places[index]
+        keys, values = kv_cache[plane]
         qkv = self._linear(at + "qkv", x)
         q, k, v = torch.split(qkv, [spec.query_size, spec.kv_size, spec.kv_size], dim=-1)
         query = self._heads(at + "q_norm", q)
@@ -113,12 +120,12 @@ class Decoder:
         if layer.rope is not None:
             table = self._rope_tables[layer.rope]
             ops.rope(query, key, batch.positions, table, interleaved=spec.rope_interleaved)
-        ops.write_kv(key, value, kv_cache[0], kv_cache[1], batch.slots)
+        ops.write_kv(key, value, keys, values, batch.slots[group])
         mixed = ops.paged_attention(
             query,
-            kv_cache[0],
-            kv_cache[1],
-            batch.block_tables,
+            keys,
+            values,
+            batch.block_tables[group],
             batch.query_start,
             batch.seq_lens,
             spec.attention_scale,
