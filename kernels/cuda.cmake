@@ -33,6 +33,9 @@ endif()
 pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/module.cpp
   csrc/cuda/device.cu csrc/cuda/bind_device.cpp
+  csrc/cuda/skinny_gemm.cu csrc/cuda/bind_gemm.cpp
+  csrc/cuda/batch_state.cu csrc/cuda/bind_batch.cpp
+  csrc/cuda/prefill_attention.cu csrc/cuda/bind_prefill.cpp
 )
 target_include_directories(_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_compile_options(_cuda PRIVATE

@@ -15,6 +15,10 @@ class Unserved(NotImplementedError):  # noqa: N818 (an answer, not a failure)
     """A back end has no kernel for these arguments; the text says what is served."""
 
 
+class Unfused(Unserved):
+    """For these arguments the simpler operations are as good; nothing to be said."""
+
+
 def type_code(op: str, tensor: torch.Tensor) -> int:
     """The compiled modules' number of a floating type (types.h `DType`)."""
     if tensor.dtype not in FLOATS:

@@ -17,12 +17,14 @@ from octavo_kernels.dispatch import (
     run,
 )
 from octavo_kernels.match import Arg, match
-from octavo_kernels.reference import PLAIN, Function, Variant
+from octavo_kernels.products import gated_linear, linear, linear_add
+from octavo_kernels.reference import PLAIN, Function, Norm, Variant
 
 __all__ = [
-    "PLAIN", "Function", "Variant", "act", "act_and_mul", "calls", "copy_blocks", "forced",
-    "forced_instruction_set", "implementation", "implementations", "instruction_sets",
-    "layer_norm", "paged_attention", "rms_norm", "rope", "write_kv",
+    "PLAIN", "Function", "Norm", "Variant", "act", "act_and_mul", "calls", "copy_blocks", "forced",
+    "forced_instruction_set", "gated_linear", "implementation", "implementations",
+    "instruction_sets", "layer_norm", "linear", "linear_add", "paged_attention", "rms_norm", "rope",
+    "write_kv",
 ]  # fmt: skip
 
 

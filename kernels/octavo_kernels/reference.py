@@ -13,6 +13,10 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from octavo_kernels.reference_batch import apply_updates as apply_updates
+from octavo_kernels.reference_batch import build_inputs as build_inputs
+from octavo_kernels.reference_batch import record_tokens as record_tokens
+
 Function = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -30,6 +34,16 @@ class Variant:
 
 
 PLAIN = Variant()
+
+
+@dataclass(slots=True, frozen=True)
+class Norm:
+    """An RMS norm that something goes through first; see `rms_norm`."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float = 0.0
+
 
 _FUNCTIONS: dict[Function, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,

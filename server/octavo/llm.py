@@ -31,6 +31,7 @@ from octavo.llm_inputs import (
     as_prompts,
     check,
     engine_config,
+    max_logprobs,
     one_for_each,
 )
 from octavo.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
@@ -52,14 +53,14 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Unpack[LLMOptions]) -> None:
-        report = Reporter(lambda _: None)
+        report, most = Reporter(lambda _: None), max_logprobs(options)
         config = locate(engine_config(model, options), report, report.located)
         self._folder = options.get("tokenizer") or config.model
         self._text: TextSide | None = None
         if not options.get("skip_tokenizer_init", False):
             self._text = load_text_side(self._folder, options.get("chat_template"))
         self._loop, self._ready = start(config, report)
-        self._limits = Limits(self._ready.max_model_len, self._ready.vocab_size)
+        self._limits = Limits(self._ready.max_model_len, self._ready.vocab_size, most)
         self._ids = itertools.count()
         self._meter = KvMeter(self._ready.block_size)
         self._templates: dict[str, ChatTemplate | None] = {}

@@ -12,7 +12,7 @@ import msgspec
 
 from octavo.config import EngineConfig, default_threads
 from octavo.errors import ConfigError
-from octavo.params import ParameterError, SamplingParams
+from octavo.params import MAX_LOGPROBS, ParameterError, SamplingParams
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class BeamSearchParams:
 
 
 # Keywords that `LLM` itself uses.
-_OWN = {"tokenizer", "skip_tokenizer_init", "chat_template"}
+_OWN = {"tokenizer", "skip_tokenizer_init", "chat_template", "max_logprobs"}
 # Of these the engine has no setting (yet): a value that asks for nothing is fine, others are
 # refused by name. `enforce_eager` is true to the word on every device that we have.
 _ACCEPTED: dict[str, tuple[object, ...]] = {
@@ -89,7 +89,6 @@ _ACCEPTED: dict[str, tuple[object, ...]] = {
     "load_format": ("auto", "safetensors"),
     "swap_space": (0,),
     "enforce_eager": (False, True),
-    "max_logprobs": tuple(range(21)),
     "hf_overrides": (None, {}),
     "enable_prefix_caching": (None,),
 }
@@ -116,6 +115,14 @@ def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
     except TypeError as error:
         raise ConfigError(f"a keyword of LLM() has a value of the wrong type: {error}") from error
     return EngineConfig.from_json(encoded)
+
+
+def max_logprobs(options: Mapping[str, Any]) -> int:
+    """How many log-probabilities of a token a call may ask for; `MAX_LOGPROBS` at most."""
+    value = options.get("max_logprobs", MAX_LOGPROBS)
+    if type(value) is not int or not 0 <= value <= MAX_LOGPROBS:
+        raise ConfigError(f"max_logprobs must be in 0..{MAX_LOGPROBS}, got {value!r:.40}")
+    return value
 
 
 class PromptError(ValueError):
@@ -197,6 +204,7 @@ class Limits:
 
     max_model_len: int
     vocab_size: int
+    max_logprobs: int = MAX_LOGPROBS
 
 
 def check(index: int, ids: Sequence[int], params: SamplingParams, limits: Limits) -> None:
@@ -212,6 +220,12 @@ def check(index: int, ids: Sequence[int], params: SamplingParams, limits: Limits
     wrong = next((i for i in ids if not 0 <= i < limits.vocab_size), None)
     if wrong is not None:
         raise PromptError(index, f"token id {wrong}; valid ids are 0..{limits.vocab_size - 1}")
+    for name, asked in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if asked is not None and asked > limits.max_logprobs:
+            raise PromptError(
+                index,
+                f"{name} is {asked}; this LLM was made with max_logprobs={limits.max_logprobs}",
+            )
     try:
         params.validate(limits.vocab_size)
     except ParameterError as error:

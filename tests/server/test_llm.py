@@ -215,6 +215,7 @@ def test_an_unknown_keyword_names_the_nearest(keyword, message):
         ({"block_size": 0}, "--block-size must be in 1..256, got 0"),
         ({"tokenizer_mode": "slow"}, "tokenizer_mode='slow' is not supported"),
         ({"device": object()}, "wrong type"),
+        ({"max_logprobs": 21}, "max_logprobs must be in 0..20, got 21"),
     ],
 )
 def test_a_wrong_value_is_named(keyword, message):
@@ -223,10 +224,15 @@ def test_a_wrong_value_is_named(keyword, message):
 
 
 def test_without_a_tokenizer_ids_go_in_and_out():
-    bare = LLM(str(MODEL), device="cpu", num_kv_blocks=16, skip_tokenizer_init=True, num_threads=1)
+    bare = LLM(
+        str(MODEL), device="cpu", num_kv_blocks=16, skip_tokenizer_init=True, num_threads=1,
+        max_logprobs=2,
+    )  # fmt: skip
     prompt, ids, _ = expected(QUESTIONS[0])
     (output,) = bare.generate({"prompt_token_ids": prompt}, GREEDY, use_tqdm=False)
     assert (output.outputs[0].token_ids, output.outputs[0].text) == (ids, "")
+    with pytest.raises(PromptError, match="logprobs is 3; this LLM was made with max_logprobs=2"):
+        bare.generate([prompt], SamplingParams(logprobs=3))
     with pytest.raises(PromptError, match="a text needs the tokenizer"):
         bare.generate("x")
     with pytest.raises(PromptError, match="stop strings and bad words need the tokenizer"):

@@ -6,7 +6,7 @@
 // their keys are split into spans. The plan lists the (tile, span) items, longest first.
 #pragma once
 
-#include "kernels.h"
+#include "types.h"
 
 #include <cuda_runtime_api.h>
 
@@ -68,9 +68,18 @@ struct PrefillAttention {
   const float* sinks;           // [heads] or null
 };
 
+// Whether there is a kernel: dims 64, 80, 96, 128, 256; block sizes 8, 16 .. that are powers of 2.
+bool prefill_serves(int64_t dim, int64_t block_size);
+
 // Tiles are split into spans of at least `min_span` keys, 0: never. Unsplit, a row's bits depend
 // on its own keys alone, whatever the chunks and the batch; split, also on how full the device is.
 PrefillSizes prefill_sizes(const PrefillBatch& batch, int max_query_len, int min_span);
+
+// How large a plan's device buffers are, and the plan that lies in them.
+int64_t prefill_list_words(const PrefillSizes& sizes);  // of 4 bytes
+int64_t prefill_partial_floats(const PrefillSizes& sizes, const PrefillBatch& batch);
+PrefillPlan prefill_plan(const PrefillSizes& sizes, const PrefillBatch& batch, int32_t* lists,
+                         float* partials);
 
 // Fills the plan's counts, items and splits.
 void plan_prefill(const PrefillBatch& batch, const PrefillPlan& plan, int min_span,

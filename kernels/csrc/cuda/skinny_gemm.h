@@ -1,7 +1,7 @@
 // Matrix products of few rows, as one decode step has them: bound by reading the matrix once.
 #pragma once
 
-#include "kernels.h"
+#include "types.h"
 
 #include <cuda_runtime_api.h>
 
@@ -24,7 +24,7 @@ struct SkinnyGemm {
   int64_t x_stride;
   const void* norm_weight;  // [k] or null: x's rows are RMS-normed first
   float norm_eps;
-  float norm_offset;        // added to norm_weight; see RmsNorm in kernels.h
+  float norm_offset;        // added to norm_weight; where it is not 0, the product is rounded only once
   const void* w;            // [n, k]; no kernel in flight may write it: it is read ahead
   const void* bias;         // [n] or null
   void* out;
