@@ -205,6 +205,12 @@ class _EngineCollector(Collector):
                     "free": blocks.free,
                 },
             )
+            if view.ready is not None:
+                yield self._gauge(
+                    "octavo_kv_block_bytes",
+                    "Bytes of a KV block: a block's tokens in one group of layers.",
+                    view.ready.kv_bytes_per_block,
+                )
             yield self._by(
                 "octavo_kv_demand_blocks",
                 "KV blocks that running and waiting work needs, by how soon.",

@@ -179,6 +179,7 @@ def test_the_memory_plan_sees_the_same_shape(name, tmp_path) -> None:
     shape, spec = read_shape(tmp_path), family_of(config).translate(config)
     for field in ("num_layers", "num_kv_heads", "head_dim", "vocab_size", "max_positions"):
         assert getattr(shape, field) == getattr(spec, field), field
+    assert shape.windows == tuple(layer.window for layer in spec.layers)
 
 
 def test_the_compatibility_check_needs_no_torch() -> None:

@@ -90,6 +90,7 @@ def test_small_gaps_can_be_told_apart(full: Samples) -> None:
 def test_our_own_names(full: Samples) -> None:
     for state, count in (("active", 16), ("shared", 2), ("cached", 8), ("free", 40)):
         assert value(full, "octavo_kv_blocks", state=state) == count
+    assert value(full, "octavo_kv_block_bytes") == 1024
     assert value(full, "octavo_kv_demand_blocks", horizon="60s") == 30
     assert value(full, "octavo_waiting_blocks") == 4
     assert value(full, "octavo_step_budget_utilization") == 0.5
