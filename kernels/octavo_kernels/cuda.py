@@ -8,11 +8,24 @@ from __future__ import annotations
 
 import octavo_kernels._cuda as _cuda
 from octavo_kernels.cuda_batch import apply_updates, build_inputs, record_tokens
+from octavo_kernels.cuda_elementwise import (
+    act,
+    act_and_mul,
+    copy_blocks,
+    embed,
+    layer_norm,
+    qk_norm_rope_write,
+    rms_norm,
+    rope,
+    swap_blocks,
+    write_kv,
+)
 from octavo_kernels.cuda_gemm import gated_linear, linear, linear_add
 
 __all__ = [
-    "apply_updates", "build_inputs", "device_report", "gated_linear", "linear", "linear_add",
-    "record_tokens",
+    "act", "act_and_mul", "apply_updates", "build_inputs", "copy_blocks", "device_report", "embed",
+    "gated_linear", "layer_norm", "linear", "linear_add", "qk_norm_rope_write", "record_tokens",
+    "rms_norm", "rope", "swap_blocks", "write_kv",
 ]  # fmt: skip
 
 

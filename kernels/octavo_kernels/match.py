@@ -14,7 +14,8 @@ class Arg:
     `shape` names the dimensions ("tokens heads dim"); equal names are equal sizes across the
     call. `dtype` is a torch dtype, or a name that binds to the first tensor carrying it.
     `rows` allows any stride between rows as long as each row is dense (a column slice of a fused
-    projection); otherwise the tensor must be contiguous.
+    projection); otherwise the tensor must be contiguous. `on_host`: in host memory, wherever the
+    others are.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Arg:
     shape: str
     dtype: torch.dtype | str = "T"
     rows: bool = False
+    on_host: bool = False
 
 
 def match(op: str, *args: Arg) -> dict[str, int]:
@@ -33,10 +35,9 @@ def match(op: str, *args: Arg) -> dict[str, int]:
         where = f"{op}: {arg.name}"
         _match_shape(where, arg, sizes)
         _match_dtype(where, arg, dtypes)
-        if arg.tensor.device != device:
-            raise ValueError(
-                f"{where} is on {arg.tensor.device}, but {args[0].name} is on {device}"
-            )
+        wanted = torch.device("cpu") if arg.on_host else device
+        if arg.tensor.device != wanted:
+            raise ValueError(f"{where} is on {arg.tensor.device}, but must be on {wanted}")
         dense = _rows_are_dense(arg.tensor) if arg.rows else arg.tensor.is_contiguous()
         if not dense:
             kind = "have dense rows" if arg.rows else "be contiguous"

@@ -5,6 +5,8 @@ Errors name the operation and the argument. What each operation means is in `ref
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from octavo_kernels.dispatch import (
@@ -16,15 +18,16 @@ from octavo_kernels.dispatch import (
     instruction_sets,
     run,
 )
+from octavo_kernels.heads import HeadNorm, Rotation, check_rotary, qk_norm_rope_write
 from octavo_kernels.match import Arg, match
 from octavo_kernels.products import gated_linear, linear, linear_add
 from octavo_kernels.reference import PLAIN, Function, Norm, Variant
 
 __all__ = [
-    "PLAIN", "Function", "Norm", "Variant", "act", "act_and_mul", "calls", "copy_blocks", "forced",
-    "forced_instruction_set", "gated_linear", "implementation", "implementations",
-    "instruction_sets", "layer_norm", "linear", "linear_add", "paged_attention", "rms_norm", "rope",
-    "write_kv",
+    "PLAIN", "Function", "HeadNorm", "Norm", "Rotation", "Variant", "act", "act_and_mul", "calls",
+    "copy_blocks", "embed", "forced", "forced_instruction_set", "gated_linear", "implementation",
+    "implementations", "instruction_sets", "layer_norm", "linear", "linear_add", "paged_attention",
+    "qk_norm_rope_write", "rms_norm", "rope", "swap_blocks", "write_kv",
 ]  # fmt: skip
 
 
@@ -148,11 +151,7 @@ def rope(
         Arg("positions", positions, "tokens", torch.int64),
         Arg("cos_sin", cos_sin, "max_positions rotary", torch.float32),
     )
-    if size["rotary"] % 2 != 0 or size["rotary"] > size["dim"]:
-        raise ValueError(
-            f"rope: cos_sin turns {size['rotary']} elements of a head; that must be even and at "
-            f"most the {size['dim']} of query"
-        )
+    check_rotary("rope", size)
     run("rope", query, query, key, positions, cos_sin, interleaved)
 
 
@@ -174,11 +173,51 @@ def act_and_mul(x: torch.Tensor, function: Function) -> torch.Tensor:
 
 def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:
     """Copy whole blocks in every plane of the cache, in order; see `reference.copy_blocks`."""
+    _match_copies("copy_blocks", cache, pairs)
+    run("copy_blocks", cache, cache, pairs)
+
+
+def swap_blocks(
+    cache: torch.Tensor, host: torch.Tensor, pairs: torch.Tensor, direction: Literal["out", "in"]
+) -> None:
+    """Copy whole blocks from the cache to host memory or back; see `reference.swap_blocks`.
+
+    `host` is pinned where the cache is on a GPU, or the copy runs on torch.
+    """
+    blocks = "host_blocks planes block_size kv_heads dim"
+    _match_copies("swap_blocks", cache, pairs, Arg("host", host, blocks, on_host=True))
+    run("swap_blocks", cache, cache, host, pairs, direction)
+
+
+def _match_copies(op: str, cache: torch.Tensor, pairs: torch.Tensor, *others: Arg) -> None:
     size = match(
-        "copy_blocks",
+        op,
         Arg("cache", cache, "planes blocks block_size kv_heads dim"),
         Arg("pairs", pairs, "pairs two", torch.int64),
+        *others,
     )
     if size["two"] != 2:
-        raise ValueError(f"copy_blocks: pairs must be [pairs, 2], got {tuple(pairs.shape)}")
-    run("copy_blocks", cache, cache, pairs)
+        raise ValueError(f"{op}: pairs must be [pairs, 2], got {tuple(pairs.shape)}")
+
+
+def embed(
+    token_ids: torch.Tensor,
+    table: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    positions: torch.Tensor | None = None,
+    position_table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The table's rows of the tokens, scaled, plus rows of their positions; see `reference`."""
+    args = [
+        Arg("table", table, "vocabulary width"),
+        Arg("token_ids", token_ids, "tokens", torch.int64),
+    ]
+    if positions is not None and position_table is not None:
+        args += [
+            Arg("positions", positions, "tokens", torch.int64),
+            Arg("position_table", position_table, "max_positions width"),
+        ]
+    match("embed", *args)
+    x: torch.Tensor = run("embed", table, token_ids, table, scale, positions, position_table)
+    return x

@@ -45,6 +45,25 @@ class Norm:
     offset: float = 0.0
 
 
+@dataclass(slots=True, frozen=True)
+class HeadNorm:
+    """An RMS norm of each head of the queries and of the keys: weights [dim]; see `rms_norm`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(slots=True, frozen=True)
+class Rotation:
+    """Rotary position embedding of some tokens; see `rope`."""
+
+    positions: torch.Tensor
+    cos_sin: torch.Tensor
+    interleaved: bool = False
+
+
 _FUNCTIONS: dict[Function, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -195,3 +214,38 @@ def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:
     """In every plane (a layer's keys or values) copy block pair[0] over block pair[1], in order."""
     for source, destination in pairs.tolist():
         cache[:, destination] = cache[:, source]
+
+
+def swap_blocks(
+    cache: torch.Tensor, host: torch.Tensor, pairs: torch.Tensor, direction: Literal["out", "in"]
+) -> None:
+    """Copy block pair[0] of one to block pair[1] of the other, all planes of a block at once.
+
+    "out" is from `cache` [planes, blocks, ...] to `host` [host_blocks, planes, ...], "in" back.
+    The order is open: no block may be named twice.
+    """
+    for source, destination in pairs.tolist():
+        if direction == "out":
+            host[destination].copy_(cache[:, source])
+        else:
+            cache[:, destination].copy_(host[source])
+
+
+def embed(
+    token_ids: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    positions: torch.Tensor | None,
+    position_table: torch.Tensor | None,
+) -> torch.Tensor:
+    """The table's row of each token times `scale`, plus the position's row where there is one.
+
+    An id below 0 stands for no token, and its row is zeros: what a failed draw left behind.
+    """
+    x = functional.embedding(token_ids.clamp(min=0), table)
+    x = x.masked_fill((token_ids < 0)[:, None], 0)
+    if scale != 1.0:
+        x = x * torch.tensor(scale, dtype=x.dtype)
+    if positions is not None and position_table is not None:
+        x = x + functional.embedding(positions, position_table)
+    return x

@@ -1,0 +1,321 @@
+"""Prefill on a GPU against float64; whatever must not be read is NaN or an absurd index."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from octavo_kernels import ops
+
+pytestmark = pytest.mark.skipif(
+    "cuda" not in ops.implementations("cuda") or not torch.cuda.is_available(),
+    reason="needs a CUDA device and octavo_kernels._cuda",
+)
+
+ABSURD_BLOCK = 2**30
+LENGTHS = (2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 300)
+PREFIXES = (0, 1, 16, 17, 250)
+DTYPES = (torch.bfloat16, torch.float16)
+DIMS = (64, 80, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`sequences` are (new tokens, tokens in all) pairs; the first `num_decodes` have one each."""
+
+    sequences: tuple[tuple[int, int], ...]
+    heads: int = 8
+    kv_heads: int = 2
+    dim: int = 128
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    num_decodes: int = 0
+    min_span: int = 512
+
+
+@dataclass
+class Inputs:
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    variant: ops.Variant
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+def make(case: Case) -> Inputs:
+    """Scatter random sequences over shuffled blocks; the query is a slice of a fused projection."""
+    random = torch.Generator("cuda").manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, device="cuda").to(case.dtype)
+
+    size = case.block_size
+    needed = [-(-total // size) for _, total in case.sequences]
+    order = torch.randperm(sum(needed) + 3).tolist()
+    shape = (len(order), size, case.kv_heads, case.dim)
+    key_cache = torch.full(shape, float("nan"), dtype=case.dtype, device="cuda")
+    value_cache = key_cache.clone()
+    tables = torch.full((len(needed), max(needed) + 2), ABSURD_BLOCK, dtype=torch.int32)
+    keys, values = [], []
+    for row, (new, total) in enumerate(case.sequences):
+        table = torch.tensor([order.pop() for _ in range(needed[row])], dtype=torch.int64)
+        behind = max(0, total - new + 1 - case.window) if case.window else 0
+        tables[row, : needed[row]] = table
+        tables[row, : behind // size] = -1
+        keys.append(normal(total, case.kv_heads, case.dim))
+        values.append(normal(total, case.kv_heads, case.dim))
+        at = torch.arange(behind, total)  # what lies behind all windows stays NaN
+        key_cache[table[at // size], at % size] = keys[-1][behind:]
+        value_cache[table[at // size], at % size] = values[-1][behind:]
+    new = torch.tensor([0] + [count for count, _ in case.sequences])
+    width = (case.heads + 2 * case.kv_heads) * case.dim
+    query = normal(int(new.sum()), width)[:, : case.heads * case.dim]
+    sinks = torch.linspace(-3, 20, case.heads, device="cuda") if case.sinks else None
+    return Inputs(
+        query.unflatten(1, (case.heads, case.dim)), key_cache, value_cache, tables.cuda(),
+        new.cumsum(0).to(torch.int32).cuda(),
+        torch.tensor([total for _, total in case.sequences], dtype=torch.int32).cuda(),
+        ops.Variant(case.window, case.softcap, sinks), keys, values,
+    )  # fmt: skip
+
+
+def plan_of(case: Case, inputs: Inputs):
+    from octavo_kernels.cuda_prefill import PrefillPlan
+
+    return PrefillPlan(
+        inputs.query_start,
+        inputs.seq_lens,
+        tokens=len(inputs.query),
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        dim=case.dim,
+        num_decodes=case.num_decodes,
+        max_query_len=max((new for new, _ in case.sequences[case.num_decodes :]), default=0),
+        min_span=case.min_span,
+    )
+
+
+def attend(case: Case, inputs: Inputs, plan=None) -> torch.Tensor:
+    """What prefill writes over NaN."""
+    out = torch.full_like(inputs.query, float("nan"), memory_format=torch.contiguous_format)
+    (plan or plan_of(case, inputs)).attend(
+        inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_tables,
+        case.dim**-0.5, inputs.variant, out,
+    )  # fmt: skip
+    return out
+
+
+def exact(case: Case, inputs: Inputs) -> list[torch.Tensor]:
+    """Each sequence's rows, as one dense softmax a head in float64."""
+    rows = []
+    starts, group = inputs.query_start.tolist(), case.heads // case.kv_heads
+    for s, (new, total) in enumerate(case.sequences):
+        query = inputs.query[starts[s] : starts[s + 1]].double()
+        keys = inputs.keys[s].double().repeat_interleave(group, dim=1)
+        values = inputs.values[s].double().repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", query, keys) * case.dim**-0.5
+        if case.softcap:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        position = torch.arange(total - new, total, device="cuda")[:, None]
+        of_key = torch.arange(total, device="cuda")[None, :]
+        unseen = of_key > position
+        if case.window:
+            unseen |= of_key <= position - case.window
+        scores = scores.masked_fill(unseen, float("-inf"))
+        if inputs.variant.sinks is not None:
+            column = inputs.variant.sinks.double()[:, None, None].expand(-1, new, 1)
+            scores = torch.cat((scores, column), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :total]
+        rows.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return rows
+
+
+def check(case: Case) -> None:
+    """Twice the error of one rounding of the exact result is what rounded weights may add."""
+    inputs = make(case)
+    got = attend(case, inputs)
+    starts = inputs.query_start.tolist()
+    assert got[: case.num_decodes].isnan().all()
+    assert not got[case.num_decodes :].isnan().any()
+    for s, wanted in enumerate(exact(case, inputs)):
+        if s < case.num_decodes:
+            continue
+        rows = got[starts[s] : starts[s + 1]].double()
+        rounding = (wanted.to(case.dtype).double() - wanted).norm()
+        error = (rows - wanted).norm()
+        assert error <= 2 * rounding + 1e-6 * wanted.norm(), (s, case.sequences[s])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_lengths_and_prefixes(prefix, dim, dtype) -> None:
+    check(Case(tuple((n, n + prefix) for n in LENGTHS), dim=dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_one_sequence_alone(prefix, length) -> None:
+    check(Case(((length, length + prefix),)))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(1, 1), (6, 6), (6, 2), (8, 1), (7, 1), (24, 1), (71, 1), (64, 8)]
+)
+def test_groups(heads, kv_heads) -> None:
+    check(Case(((5, 9), (130, 300), (33, 33)), heads=heads, kv_heads=kv_heads, dim=64))
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_block_sizes(block_size, dim) -> None:
+    check(Case(((5, 9), (130, 300), (33, 333)), block_size=block_size, dim=dim))
+
+
+MASKS = {
+    **{f"window {n}": {"window": n} for n in (1, 7, 16, 31, 64, 65, 100, 5000)},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 40, "softcap": 5.0, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masks(mask, dim) -> None:
+    check(Case(((2, 2), (129, 400), (17, 267), (300, 300)), dim=dim, **mask))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("chunk", [2, 16, 17, 200])
+def test_keys_split_into_spans(chunk, mask) -> None:
+    """A lone chunk leaves most of a GPU idle, so its keys are split and put together again."""
+    case = Case(((chunk, 3000 + chunk),), min_span=64, **mask)
+    assert plan_of(case, make(case))._step.partial_floats > 0
+    check(case)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_spans_of_several_sequences(dim) -> None:
+    check(Case(((40, 1000), (1, 1), (2, 650), (9, 64), (0, 30)), dim=dim, min_span=64))
+
+
+def test_decodes_are_left_alone() -> None:
+    check(Case(((1, 70), (1, 5), (1, 300), (64, 100), (3, 3), (1, 900)), num_decodes=3))
+
+
+def test_a_decode_and_a_chunk_in_one_call() -> None:
+    case = Case(((1, 70), (1, 5), (64, 100), (3, 3)), num_decodes=2)
+    inputs = make(case)
+    with ops.forced("cuda"):
+        got = ops.paged_attention(
+            inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_tables,
+            inputs.query_start, inputs.seq_lens, case.dim**-0.5, num_decodes=2, max_query_len=64,
+        )  # fmt: skip
+    wanted = torch.cat(exact(case, inputs))
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("min_span", [0, 64])
+def test_padding_becomes_zeros_and_reads_nothing(min_span) -> None:
+    case = Case(((40, 90), (3, 70)), min_span=min_span)
+    inputs = make(case)
+    inputs.seq_lens[1] = 0
+    inputs.block_tables[1] = ABSURD_BLOCK
+    got = attend(case, inputs)
+    assert not got[:40].isnan().any()
+    assert torch.equal(got[40:], torch.zeros_like(got[40:]))
+
+
+def test_no_chunks_are_no_work() -> None:
+    case = Case(((1, 70), (1, 5)), num_decodes=2)
+    assert attend(case, make(case)).isnan().all()
+
+
+def test_many_short_chunks() -> None:
+    check(Case(tuple((2 + i % 5, 20 + 7 * i) for i in range(300)), heads=4, kv_heads=1, dim=64))
+
+
+@pytest.mark.parametrize("mask", [MASKS["sinks"], MASKS["window 31"], {}], ids=str)
+@pytest.mark.parametrize("dim", DIMS)
+def test_bits_do_not_depend_on_chunks_or_mates(dim, mask) -> None:
+    whole = Case(((150, 150), (129, 400)), dim=dim, min_span=0, **mask)
+    inputs = make(whole)
+    together = attend(whole, inputs)
+    for begin, end in itertools.pairwise((0, 1, 31, 64, 97, 150)):
+        case = dataclasses.replace(whole, sequences=((end - begin, end),))
+        chunk = dataclasses.replace(
+            inputs,
+            query=inputs.query[begin:end],
+            block_tables=inputs.block_tables[:1].contiguous(),
+            query_start=torch.tensor([0, end - begin], dtype=torch.int32, device="cuda"),
+            seq_lens=torch.tensor([end], dtype=torch.int32, device="cuda"),
+        )
+        assert torch.equal(attend(case, chunk), together[begin:end])
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    case = Case(((40, 3000), (300, 300)), min_span=64)
+    inputs = make(case)
+    first = attend(case, inputs)
+    assert all(torch.equal(first, attend(case, inputs)) for _ in range(5))
+
+
+def test_a_captured_graph_serves_other_lengths() -> None:
+    """As many sequences and no more tokens, blocks and longest chunk than it was captured for."""
+    case = Case(((100, 2000), (60, 60)))
+    inputs = make(case)
+    attend(case, inputs)  # loads the kernels
+    out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan_of(case, inputs).attend(
+            inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_tables,
+            case.dim**-0.5, inputs.variant, out,
+        )  # fmt: skip
+    for sequences in ((100, 2000), (60, 60)), ((30, 300), (90, 1500)), ((1, 1), (1, 17)):
+        other = dataclasses.replace(case, sequences=sequences)
+        fresh = make(other)
+        inputs.query[: len(fresh.query)] = fresh.query
+        inputs.query_start.copy_(fresh.query_start)
+        inputs.seq_lens.copy_(fresh.seq_lens)
+        inputs.key_cache[: len(fresh.key_cache)] = fresh.key_cache
+        inputs.value_cache[: len(fresh.value_cache)] = fresh.value_cache
+        inputs.block_tables.fill_(ABSURD_BLOCK)
+        inputs.block_tables[:, : fresh.block_tables.shape[1]] = fresh.block_tables
+        graph.replay()
+        wanted = torch.cat(exact(other, fresh))
+        torch.testing.assert_close(out[: len(wanted)].double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_a_query_of_odd_alignment_is_served() -> None:
+    case = Case(((40, 90),), dim=64)
+    inputs = make(case)
+    width = case.heads * case.dim
+    shifted = torch.empty(40, width + 3, dtype=case.dtype, device="cuda")[:, 1 : width + 1]
+    shifted.copy_(inputs.query.flatten(1))
+    moved = dataclasses.replace(inputs, query=shifted.unflatten(1, (case.heads, case.dim)))
+    assert torch.equal(attend(case, moved), attend(case, inputs))
+
+
+def test_large_scores_do_not_overflow() -> None:
+    case = Case(((40, 90),))
+    inputs = make(case)
+    inputs.query *= 1000
+    assert not attend(case, inputs).isnan().any()
+
+
+@pytest.mark.parametrize("change", [{"dim": 48}, {"block_size": 4}])
+def test_what_has_no_kernel_is_said(change) -> None:
+    case = Case(((40, 90),), **change)
+    with pytest.raises(NotImplementedError, match="prefill has kernels for head dims 64, 80, 96"):
+        attend(case, make(case))
