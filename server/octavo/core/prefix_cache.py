@@ -11,8 +11,9 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 
-from octavo.core.block_pool import NO_BLOCK, BlockPool
+from octavo.core.block_pool import NO_BLOCK, BlockKey, BlockPool
 from octavo.core.sequence import Sequence
 from octavo.kv_layout import KvGroups
 
@@ -135,18 +136,16 @@ class PrefixCache:
                 if block is not None:
                     self._pool.forget((block,))
 
-    def blocks_of(self, sequence: Sequence, rows: int) -> Iterator[int | None]:
-        """What can be found now of the sequence's first `rows` rows, entry by entry of its table.
+    def keys(self, sequence: Sequence, rows: int) -> Iterator[BlockKey]:
+        """The keys of a sequence's first `rows` rows, entry by entry of its table.
 
-        As far as they are full; nothing where the cache is disabled.
+        None where the cache is disabled.
         """
         if not self._enabled:
             return
-        for row, (before, packed, _) in enumerate(self._chain(sequence)):
-            if row == rows:
-                return
+        for before, packed, _ in islice(self._chain(sequence), rows):
             for group in range(self._kv.count):
-                yield self._pool.find((before, packed, group))
+                yield before, packed, group
 
     def _chain(self, sequence: Sequence) -> Iterator[tuple[bytes, bytes, bytes]]:
         """For each full row of its tokens: the digest before, its tokens, the digest after."""

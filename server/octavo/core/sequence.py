@@ -23,7 +23,8 @@ class Sequence:
 
     For the prefix cache: only sequences of one `scope` find each other's blocks. The first
     `chained` rows of the table are full and published; `link` is the digest of their tokens.
-    `cached_tokens` were found when the sequence first ran.
+    `cached_tokens` were found when the sequence first ran. While its blocks are in host memory,
+    `swapped` has them in the places of the table's entries.
     """
 
     seq_id: int
@@ -44,6 +45,7 @@ class Sequence:
     scope: str = ""
     chained: int = 0
     link: bytes = b""
+    swapped: list[int] = field(default_factory=list)
     cached_tokens: int = 0
 
     @property
