@@ -35,6 +35,7 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/device.cu csrc/cuda/bind_device.cpp
   csrc/cuda/norm.cu csrc/cuda/elementwise.cu csrc/cuda/heads.cu csrc/cuda/cache.cu
   csrc/cuda/bind_elementwise.cpp
+  csrc/cuda/decode_attention.cu csrc/cuda/decode_plan.cu csrc/cuda/bind_decode.cpp
   csrc/cuda/skinny_gemm.cu csrc/cuda/bind_gemm.cpp
   csrc/cuda/batch_state.cu csrc/cuda/bind_batch.cpp
   csrc/cuda/prefill_attention.cu csrc/cuda/bind_prefill.cpp

@@ -145,6 +145,7 @@ class DecodeWork:
         blocks_per_sm: int,
         stream: int,
     ) -> None: ...
+
 def rms_norm(
     *,
     dtype: int,

@@ -40,6 +40,7 @@ def paged_attention(
     seq_lens: torch.Tensor,
     scale: float,
     variant: Variant,
+    *_hints: object,
 ) -> torch.Tensor:
     out = torch.empty(query.shape, dtype=query.dtype)
     blocks, block_size, kv_heads, dim = key_cache.shape

@@ -7,6 +7,7 @@ here can be captured in a CUDA graph: no synchronization, no read of what is on 
 from __future__ import annotations
 
 import octavo_kernels._cuda as _cuda
+from octavo_kernels.cuda_attention import paged_attention, plan_attention
 from octavo_kernels.cuda_batch import apply_updates, build_inputs, record_tokens
 from octavo_kernels.cuda_elementwise import (
     act,
@@ -24,8 +25,8 @@ from octavo_kernels.cuda_gemm import gated_linear, linear, linear_add
 
 __all__ = [
     "act", "act_and_mul", "apply_updates", "build_inputs", "copy_blocks", "device_report", "embed",
-    "gated_linear", "layer_norm", "linear", "linear_add", "qk_norm_rope_write", "record_tokens",
-    "rms_norm", "rope", "swap_blocks", "write_kv",
+    "gated_linear", "layer_norm", "linear", "linear_add", "paged_attention", "plan_attention",
+    "qk_norm_rope_write", "record_tokens", "rms_norm", "rope", "swap_blocks", "write_kv",
 ]  # fmt: skip
 
 

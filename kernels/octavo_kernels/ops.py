@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from octavo_kernels.attention import AttentionWork, attention_work, paged_attention, plan_attention
 from octavo_kernels.dispatch import (
     calls,
     forced,
@@ -24,63 +25,12 @@ from octavo_kernels.products import gated_linear, linear, linear_add
 from octavo_kernels.reference import PLAIN, Function, Norm, Variant
 
 __all__ = [
-    "PLAIN", "Function", "HeadNorm", "Norm", "Rotation", "Variant", "act", "act_and_mul", "calls",
-    "copy_blocks", "embed", "forced", "forced_instruction_set", "gated_linear", "implementation",
-    "implementations", "instruction_sets", "layer_norm", "linear", "linear_add", "paged_attention",
+    "PLAIN", "AttentionWork", "Function", "HeadNorm", "Norm", "Rotation", "Variant", "act",
+    "act_and_mul", "attention_work", "calls", "copy_blocks", "embed", "forced",
+    "forced_instruction_set", "gated_linear", "implementation", "implementations",
+    "instruction_sets", "layer_norm", "linear", "linear_add", "paged_attention", "plan_attention",
     "qk_norm_rope_write", "rms_norm", "rope", "swap_blocks", "write_kv",
 ]  # fmt: skip
-
-
-def paged_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    variant: Variant = PLAIN,
-) -> torch.Tensor:
-    """Causal attention over paged keys and values; see `reference.paged_attention`."""
-    args = [
-        Arg("query", query, "tokens heads dim", rows=True),
-        Arg("key_cache", key_cache, "blocks block_size kv_heads dim"),
-        Arg("value_cache", value_cache, "blocks block_size kv_heads dim"),
-        Arg("block_tables", block_tables, "seqs max_blocks", torch.int32),
-        Arg("query_start", query_start, "seqs+1", torch.int32),
-        Arg("seq_lens", seq_lens, "seqs", torch.int32),
-    ]
-    window, softcap, sinks = variant.window, variant.softcap, variant.sinks
-    if sinks is not None:
-        args.append(Arg("sinks", sinks, "heads", torch.float32))
-    size = match("paged_attention", *args)
-    if size["seqs+1"] != size["seqs"] + 1:
-        raise ValueError(
-            f"paged_attention: query_start has {size['seqs+1']} entries for {size['seqs']} "
-            "sequences; it needs one more than seq_lens"
-        )
-    if size["kv_heads"] == 0 or size["heads"] % size["kv_heads"] != 0:
-        raise ValueError(
-            f"paged_attention: query has {size['heads']} heads, not a multiple of the "
-            f"{size['kv_heads']} heads of key_cache"
-        )
-    if window < 0 or not softcap >= 0:
-        raise ValueError(
-            f"paged_attention: window and softcap must be 0 or more, got {window} and {softcap}"
-        )
-    out: torch.Tensor = run(
-        "paged_attention",
-        query,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_start,
-        seq_lens,
-        scale,
-        variant,
-    )
-    return out
 
 
 def write_kv(

@@ -81,6 +81,7 @@ def paged_attention(
     seq_lens: torch.Tensor,
     scale: float,
     variant: Variant,
+    *_hints: object,
 ) -> torch.Tensor:
     """Causal attention of each sequence's newest queries over its paged keys and values.
 

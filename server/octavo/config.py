@@ -19,6 +19,7 @@ from octavo.hub.repository import DEFAULT_TIMEOUT_S, HubSettings, looks_like_ref
 
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
 GENERATION_CONFIGS = ("auto", "vllm")
 SOURCES = ("auto", "hub", "modelscope", "path")
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
@@ -52,6 +53,8 @@ class EngineConfig:
     seed: int = 0
     num_threads: int | None = None
     trust_remote_code: bool = False
+    load_format: str = "auto"
+    enforce_eager: bool = False
 
     def to_json(self) -> str:
         """The form that the engine process takes on its command line."""
@@ -183,6 +186,19 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+    add(
+        "--load-format",
+        choices=LOAD_FORMATS,
+        default="auto",
+        help="dummy: random weights, config.json is all that is needed (default %(default)s)",
+    )
+    add(
+        "--enforce-eager",
+        action="store_true",
+        help="capture no CUDA graphs: slower steps, for finding errors",
+    )
+
+
 def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
@@ -291,6 +307,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         seed=args.seed,
         num_threads=cpu_limit() if args.num_threads is None else args.num_threads,
         trust_remote_code=args.trust_remote_code,
+        load_format=args.load_format,
+        enforce_eager=args.enforce_eager,
     )
     config = ServeConfig(
         engine=engine,
@@ -396,6 +414,7 @@ def _validate_engine(config: EngineConfig) -> None:
     _one_of("source", config.source, SOURCES)
     _one_of("device", config.device, DEVICES)
     _one_of("dtype", config.dtype, DTYPES)
+    _one_of("load-format", config.load_format, LOAD_FORMATS)
     _one_of("scheduling-policy", config.scheduling_policy, PolicyFactory.names())
     _within("block-size", config.block_size, 1, 256)
     _within("num-kv-blocks", config.num_kv_blocks, 1, 2**31 - 2)

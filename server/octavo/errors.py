@@ -56,6 +56,12 @@ class FetchRefusedError(FetchError):
     retryable = False
 
 
+class DeviceError(OctavoError):
+    """The GPU failed or was lost while in use; the text has the driver's word for it."""
+
+    reason = "DeviceFailed"
+
+
 class ExitCode(IntEnum):
     """How a process ended; numbers as in sysexits.h, so that they mean something elsewhere too."""
 

@@ -82,13 +82,11 @@ class BeamSearchParams:
 # Keywords that `LLM` itself uses.
 _OWN = {"tokenizer", "skip_tokenizer_init", "chat_template", "max_logprobs"}
 # Of these the engine has no setting (yet): a value that asks for nothing is fine, others are
-# refused by name. `enforce_eager` is true to the word on every device that we have.
+# refused by name.
 _ACCEPTED: dict[str, tuple[object, ...]] = {
     "tokenizer_mode": ("auto",),
     "tensor_parallel_size": (1,),
-    "load_format": ("auto", "safetensors"),
     "swap_space": (0,),
-    "enforce_eager": (False, True),
     "hf_overrides": (None, {}),
     "enable_prefix_caching": (None,),
 }

@@ -9,11 +9,13 @@ import struct
 import llama_checkpoints
 import pytest
 import torch
+from gpu import needs_gpu
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from octavo.checkpoint import read_checkpoint, read_header
 from octavo.engine import weights
+from octavo.engine.model import check_model
 from octavo.errors import ModelError, UnsupportedModelError
 from octavo.model_shape import read_shape
 from octavo.models.decoder import empty_parameters
@@ -317,3 +319,47 @@ def test_readers_meet_no_one_else_s_bytes(tmp_path, monkeypatch) -> None:
     for _ in range(3):
         again = load(folder)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_random_weights_need_a_config_alone_and_come_from_the_seed(tmp_path) -> None:
+    folder = llama_checkpoints.write(tmp_path / "model")
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "config.json").write_text((folder / "config.json").read_text())
+
+    def parameters(seed):
+        model = check_model(config, random_seed=seed).load(torch.bfloat16, CPU, 64, lambda *_: None)
+        return model.parameters
+
+    first, again, other = parameters(1), parameters(1), parameters(2)
+    assert first.keys() == load(folder).keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name])
+        if name.endswith("norm"):
+            assert tensor.eq(1).all()
+        else:
+            assert not torch.equal(tensor, other[name])
+            assert 0.01 < tensor.float().std() < 0.03
+    # No two parameters are the same noise.
+    assert not torch.equal(first["embedding"], first["lm_head"])
+
+
+def test_norms_that_add_one_get_zeros() -> None:
+    parameters = {"norm": torch.empty(4), "layers.0.k_norm": torch.empty(4)}
+    weights.randomize(parameters, 0, norm_offset=1.0)
+    assert all(tensor.eq(0).all() for tensor in parameters.values())
+
+
+@needs_gpu
+def test_a_gpu_gets_the_same_bytes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(weights, "GPU_CHUNK_BYTES", 1000)  # many pieces for each buffer
+    folder = llama_checkpoints.write(tmp_path, shards=3)
+    config = read_config(folder)
+    family = family_of(config)
+    spec = family.translate(config)
+    for dtype in (torch.float32, torch.bfloat16):
+        parameters = empty_parameters(spec, dtype=dtype, device=torch.device("cuda"))
+        entries, targets = read_checkpoint(folder), family.targets(spec)
+        weights.load(entries, targets, parameters, lambda *_: None)
+        expected = load(folder, dtype)
+        assert all(torch.equal(parameters[name].cpu(), expected[name]) for name in expected)

@@ -91,7 +91,9 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool t
                : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most `Pending` of this thread's groups of copies are under way.
 template <int Pending>

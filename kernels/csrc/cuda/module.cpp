@@ -8,6 +8,7 @@ namespace py = pybind11;
 namespace octavo::cuda {
 
 void bind_batch(py::module_& m);
+void bind_decode(py::module_& m);
 void bind_device(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_gemm(py::module_& m);
@@ -18,6 +19,7 @@ void bind_prefill(py::module_& m);
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Operations on a GPU; called by octavo_kernels' cuda modules only.";
   octavo::cuda::bind_batch(m);
+  octavo::cuda::bind_decode(m);
   octavo::cuda::bind_device(m);
   octavo::cuda::bind_elementwise(m);
   octavo::cuda::bind_gemm(m);

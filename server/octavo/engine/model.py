@@ -36,7 +36,7 @@ class Model(Protocol):
 @dataclass(slots=True, frozen=True)
 class CheckedModel:
     """A model folder that passed every check, before anything is allocated. Without a family the
-    transformers back end runs it.
+    transformers back end runs it. With a `random_seed` there are no weights but random ones.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class CheckedModel:
     family: Family | None
     entries: dict[str, TensorEntry]
     trust_remote_code: bool
+    random_seed: int | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -74,7 +75,11 @@ class CheckedModel:
             progress(1, 1)
             return model
         parameters = empty_parameters(self.spec, dtype=dtype, device=device)
-        weights.load(self.entries, self.family.targets(self.spec), parameters, progress)
+        if self.random_seed is None:
+            weights.load(self.entries, self.family.targets(self.spec), parameters, progress)
+        else:
+            weights.randomize(parameters, self.random_seed, self.spec.norm_offset)
+            progress(1, 1)
         return Decoder(self.spec, parameters, max_positions=max_positions, device=device)
 
 
@@ -89,9 +94,20 @@ def check_config(
     return config, family, family.translate(config)
 
 
-def check_model(folder: Path, *, trust_remote_code: bool = False) -> CheckedModel:
-    """Read config.json and the headers of the weights; raise what is wrong or not served."""
+def check_model(
+    folder: Path, *, trust_remote_code: bool = False, random_seed: int | None = None
+) -> CheckedModel:
+    """Read config.json and the headers of the weights; raise what is wrong or not served.
+
+    With a `random_seed` config.json is all that is read.
+    """
     config, family, spec = check_config(folder, trust_remote_code=trust_remote_code)
+    if random_seed is not None:
+        if family is None:
+            raise UnsupportedModelError(
+                f"--load-format dummy is for native models; {not_native(config)}"
+            )
+        return CheckedModel(folder, config, spec, family, {}, trust_remote_code, random_seed)
     entries = read_checkpoint(folder)
     if family is not None:
         entries = weights.with_prefix(entries, family.prefix)

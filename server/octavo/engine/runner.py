@@ -67,12 +67,17 @@ class Runner:
         num_threads: int | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
+        load_format: str = "auto",
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = Path(model_path)
         progress("check", 0.0)
-        model = check_model(folder, trust_remote_code=trust_remote_code)
+        model = check_model(
+            folder,
+            trust_remote_code=trust_remote_code,
+            random_seed=seed if load_format == "dummy" else None,
+        )
         self.spec: DecoderSpec = model.spec
         self.eos_token_ids = read_eos_token_ids(folder, model.config, self.spec.vocab_size)
         self.device = _device(device)

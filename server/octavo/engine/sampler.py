@@ -25,20 +25,23 @@ GREEDY_BELOW = 1e-5
 _NOISE_AT_ONCE = 1 << 20
 
 
+def draw_stream(params: SamplingParams, engine_seed: int, seq_id: int, branch: int = 0) -> int:
+    """64 bits that all draws of a sequence have in common.
+
+    A request's own seed makes it repeatable wherever it runs. `branch` tells the samples of one
+    request apart, which share its seed.
+    """
+    if params.seed is None:
+        return _mix(_mix(engine_seed & _MASK64) ^ (seq_id + 1))
+    stream = _mix(params.seed & _MASK64)
+    return _mix(stream ^ _mix(branch)) if branch else stream
+
+
 def draw_key(
     params: SamplingParams, engine_seed: int, seq_id: int, num_generated: int, branch: int = 0
 ) -> int:
-    """64 bits that name a draw. A request's own seed makes it repeatable wherever it runs.
-
-    `branch` tells the samples of one request apart, which share its seed.
-    """
-    if params.seed is not None:
-        stream = _mix(params.seed & _MASK64)
-        if branch:
-            stream = _mix(stream ^ _mix(branch))
-    else:
-        stream = _mix(_mix(engine_seed & _MASK64) ^ (seq_id + 1))
-    return _mix(stream ^ (num_generated + 1))
+    """64 bits that name a draw: the stream's, of `num_generated` tokens drawn before."""
+    return _mix(draw_stream(params, engine_seed, seq_id, branch) ^ (num_generated + 1))
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw], eos_token_ids: Sequence[int]) -> list[int]:

@@ -105,6 +105,7 @@ def start(
         num_threads=config.num_threads,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
+        load_format=config.load_format,
     )
     report("cache", 0)
     limits = _limits(config, runner)

@@ -29,8 +29,9 @@ class Batch:
     `block_tables` and `slots` have a tensor for each group of layers (`kv_layout.KvLayout`); a slot
     says where a token's key and value are stored in the group's layers. `query_start` (one entry
     more than sequences) delimits the sequences; `seq_lens` counts their tokens, cached ones
-    included. `logit_rows` names the tokens whose logits are wanted. The first `num_decodes`
-    sequences have one token each, none has more than `max_query_len`; 0 and None say that nothing is known.
+    included. `logit_rows` names the tokens whose logits are wanted, None all of them. The first
+    `num_decodes` sequences have one token each, none has more than `max_query_len`; 0 and None say
+    that nothing is known.
     """
 
     token_ids: torch.Tensor
@@ -39,7 +40,7 @@ class Batch:
     query_start: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: tuple[torch.Tensor, ...]
-    logit_rows: torch.Tensor
+    logit_rows: torch.Tensor | None
     num_decodes: int = 0
     max_query_len: int | None = None
 
@@ -69,6 +70,10 @@ class Decoder:
             )
             for i, layer in enumerate(spec.layers)
         ]
+        # On the device from the start: a graph cannot be captured over a copy from the host.
+        self._embedding_scale = torch.tensor(
+            spec.embedding_scale, dtype=parameters["embedding"].dtype, device=device
+        )
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """Logits (float32) of `batch.logit_rows`, all at once; see `hidden`."""
@@ -95,13 +100,15 @@ class Decoder:
             x = self._mlp(at, layer, self._add_norm(at + "mlp_norm", x, residual))
             x = self._norm(at + "mlp_out_norm", x)
         rows = batch.logit_rows
-        return self._add_norm("norm", None if x is None else x[rows], residual[rows])
+        if rows is not None:
+            x, residual = None if x is None else x[rows], residual[rows]
+        return self._add_norm("norm", x, residual)
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         spec, p = self.spec, self.parameters
         x = embedding(batch.token_ids, p["embedding"])
         if spec.embedding_scale != 1.0:
-            x = x * torch.tensor(spec.embedding_scale, dtype=x.dtype, device=x.device)
+            x = x * self._embedding_scale
         if spec.learned_positions:
             x = x + embedding(batch.positions + spec.position_offset, p["positions"])
         return x
@@ -185,9 +192,16 @@ class Decoder:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (float32) of some rows of `hidden`'s result."""
-        spec = self.spec
-        output = self.parameters["embedding" if spec.tied_embeddings else "lm_head"]
-        logits = linear(x, output).float()
+        return self.finish_logits(self.raw_logits(x))
+
+    def raw_logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The last product [rows, vocab], in the model's type, into `out` where it is given."""
+        output = self.parameters["embedding" if self.spec.tied_embeddings else "lm_head"]
+        return linear(x, output) if out is None else torch.mm(x, output.t(), out=out)
+
+    def finish_logits(self, raw: torch.Tensor) -> torch.Tensor:
+        """Logits (float32) from rows of `raw_logits`: scaled and bounded as the model asks."""
+        spec, logits = self.spec, raw.float()
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap:

@@ -1,0 +1,53 @@
+"""The GPU kernels alone: their times beside what memory or the tensor cores of this GPU allow.
+
+    python benchmarks/kernels.py --part decode           # the shapes that have bars
+    python benchmarks/kernels.py --part decode --sweep   # chunk, stages, blocks a multiprocessor
+
+One JSON line a measurement; the first one says what the machine does. Times are of replays of a
+CUDA graph with many calls in it, over buffers that together are larger than the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+
+import torch
+from ceilings import seconds
+from kernel_decode import decode
+from kernel_prefill import prefill
+from kernel_timing import Machine
+
+PARTS: dict[str, Callable[[Machine, bool], Iterator[dict[str, object]]]] = {
+    "decode": decode,
+    "prefill": prefill,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", action="append", choices=sorted(PARTS), required=True)
+    parser.add_argument("--sweep", action="store_true", help="try settings, not only the defaults")
+    args = parser.parse_args()
+    machine = measure()
+    print(json.dumps({"part": "machine", **machine.as_json()}), flush=True)
+    for part in args.part:
+        for row in PARTS[part](machine, args.sweep):
+            print(json.dumps({"part": part, **row}), flush=True)
+            torch.cuda.empty_cache()
+
+
+def measure() -> Machine:
+    """Copy bandwidth and the rate of a large product, in this process and now."""
+    source = torch.empty(1 << 30, device="cuda", dtype=torch.bfloat16).normal_()
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn_like(a)
+    rate = 2 * 8192**3 / seconds(lambda: a @ b)
+    return Machine(torch.cuda.get_device_name(), copied, rate)
+
+
+if __name__ == "__main__":
+    main()

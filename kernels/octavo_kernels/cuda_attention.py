@@ -1,0 +1,177 @@
+"""Paged attention on a GPU: decodes by one kernel, the other sequences by another."""
+
+from __future__ import annotations
+
+import torch
+
+import octavo_kernels._cuda as _cuda
+from octavo_kernels.attention_work import AttentionWork, attention_work
+from octavo_kernels.cuda_prefill import PrefillPlan
+from octavo_kernels.native import Unserved, address, type_code
+from octavo_kernels.reference import Variant
+
+_WORD = 4  # bytes: the decode kernel reads queries in words
+
+
+def plan_attention(
+    work: AttentionWork,
+    seq_lens: torch.Tensor,
+    num_decodes: int,
+    query_start: torch.Tensor | None,
+    tokens: int,
+    max_query_len: int | None,
+) -> None:
+    if num_decodes:
+        _plan_decodes(work, seq_lens, num_decodes)
+    work.prefill = None
+    if num_decodes < len(seq_lens) and query_start is not None:
+        work.prefill = PrefillPlan(
+            query_start,
+            seq_lens,
+            tokens=tokens,
+            heads=work.heads,
+            kv_heads=work.kv_heads,
+            dim=work.dim,
+            num_decodes=num_decodes,
+            max_query_len=max_query_len,
+        )
+
+
+def paged_attention(  # noqa: PLR0913 (as the operation is)
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    variant: Variant,
+    num_decodes: int,
+    max_query_len: int | None,
+    work: AttentionWork | None,
+) -> torch.Tensor:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    seqs = len(seq_lens)
+    if num_decodes:
+        decode(
+            query, key_cache, value_cache, block_tables, seq_lens, scale, variant, num_decodes,
+            work, out,
+        )  # fmt: skip
+    if num_decodes < seqs:
+        plan = None if work is None else work.prefill
+        if plan is None:
+            tokens, heads, dim = query.shape
+            plan = PrefillPlan(
+                query_start,
+                seq_lens,
+                tokens=tokens,
+                heads=heads,
+                kv_heads=key_cache.shape[2],
+                dim=dim,
+                num_decodes=num_decodes,
+                max_query_len=max_query_len,
+            )
+        plan.attend(query, key_cache, value_cache, block_tables, scale, variant, out)
+    return out
+
+
+def decode(  # noqa: PLR0913 (as the operation is)
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    variant: Variant,
+    num_decodes: int,
+    work: AttentionWork | None,
+    out: torch.Tensor,
+) -> None:
+    """Write the first `num_decodes` rows of `out`. `work` was planned for these lengths; without
+    one a temporary one is made and planned.
+    """
+    _, block_size, kv_heads, dim = key_cache.shape
+    heads = query.shape[1]
+    if not _cuda.decode_serves(dim, block_size):
+        raise Unserved(
+            "decode has kernels for head dims 64, 80, 96, 128 and 256 and blocks of a power of "
+            f"two of 8 or more tokens, not for head dim {dim} and blocks of {block_size}"
+        )
+    if query.data_ptr() % _WORD or query.stride(0) * query.element_size() % _WORD:
+        query = query.contiguous()
+    if work is None:
+        work = attention_work(
+            max_seqs=num_decodes,
+            max_seq_len=block_tables.shape[1] * block_size,
+            heads=heads,
+            kv_heads=kv_heads,
+            dim=dim,
+            device=query.device,
+            windows=(variant.window,),
+        )
+        _plan_decodes(work, seq_lens, num_decodes)
+    _check_fits(work, heads, kv_heads, dim, variant.window, num_decodes)
+    _decode_work(work).attend(
+        dtype=type_code("paged_attention", query),
+        query=query.data_ptr(),
+        query_stride=query.stride(0),
+        key_cache=key_cache.data_ptr(),
+        value_cache=value_cache.data_ptr(),
+        block_tables=block_tables.data_ptr(),
+        max_blocks=block_tables.shape[1],
+        block_size=block_size,
+        out=out.data_ptr(),
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        scale=scale,
+        softcap=variant.softcap,
+        sinks=address(variant.sinks),
+        window=work.windows.index(variant.window),
+        stages=work.stages,
+        blocks_per_sm=work.blocks_per_sm,
+        stream=torch.cuda.current_stream(query.device).cuda_stream,
+    )
+
+
+def _plan_decodes(work: AttentionWork, seq_lens: torch.Tensor, num_decodes: int) -> None:
+    if num_decodes > work.max_seqs:
+        raise ValueError(
+            f"plan_attention: {num_decodes} decodes, but the work is for {work.max_seqs} sequences"
+        )
+    _decode_work(work).plan(
+        seq_lens=seq_lens.data_ptr(),
+        num_decodes=num_decodes,
+        stream=torch.cuda.current_stream(seq_lens.device).cuda_stream,
+    )
+
+
+def _check_fits(
+    work: AttentionWork, heads: int, kv_heads: int, dim: int, window: int, num_decodes: int
+) -> None:
+    made_for = (work.heads, work.kv_heads, work.dim)
+    if made_for != (heads, kv_heads, dim) or num_decodes > work.max_seqs:
+        raise ValueError(
+            f"paged_attention: the work is for {work.max_seqs} sequences and heads, KV heads, dim "
+            f"{made_for}; the call has {num_decodes} decodes and {(heads, kv_heads, dim)}"
+        )
+    if window not in work.windows:
+        raise ValueError(
+            f"paged_attention: window {window} is not among the work's windows {work.windows}"
+        )
+
+
+def _decode_work(work: AttentionWork) -> _cuda.DecodeWork:
+    return _cuda.DecodeWork(
+        max_seqs=work.max_seqs,
+        chunk=work.chunk,
+        max_chunks=work.max_chunks,
+        num_windows=len(work.windows),
+        windows=work.window_sizes.data_ptr(),
+        chunks=work.chunks.data_ptr(),
+        counts=work.counts.data_ptr(),
+        ticket=work.ticket.data_ptr(),
+        arrivals=work.arrivals.data_ptr(),
+        values=work.values.data_ptr(),
+        sums=work.sums.data_ptr(),
+    )
