@@ -33,7 +33,7 @@ class EngineConfig:
 
     None means that the engine decides once it knows the model and the device: `num_kv_blocks` from
     memory, `max_model_len` from the model, `max_num_batched_tokens` 2048 (512 on the CPU),
-    `num_threads` from the container's CPU limit.
+    `num_threads` from the container's CPU limit. `swap_space` is in GiB.
     """
 
     model: str
@@ -44,6 +44,7 @@ class EngineConfig:
     block_size: int = 16
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.90
+    swap_space: float = 0.0
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
@@ -185,7 +186,6 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "folders whose authors may do what this server may",
     )
 
-
     add(
         "--load-format",
         choices=LOAD_FORMATS,
@@ -215,6 +215,14 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         default=0.90,
         metavar="RATIO",
         help="share of the device's memory to use (default %(default)s)",
+    )
+    add(
+        "--swap-space",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="host memory for the KV blocks of preempted sequences, used where copying them costs "
+        "less than computing them again (default %(default)s)",
     )
     add(
         "--max-num-seqs",
@@ -298,6 +306,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         block_size=args.block_size,
         num_kv_blocks=args.num_kv_blocks,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        swap_space=args.swap_space,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -419,6 +428,7 @@ def _validate_engine(config: EngineConfig) -> None:
     _within("block-size", config.block_size, 1, 256)
     _within("num-kv-blocks", config.num_kv_blocks, 1, 2**31 - 2)
     _within("gpu-memory-utilization", config.gpu_memory_utilization, 0.01, 1)
+    _within("swap-space", config.swap_space, 0, 65536)
     _within("max-model-len", config.max_model_len, 2, 2**24)
     _within("max-num-seqs", config.max_num_seqs, 1, 65536)
     _within("max-num-batched-tokens", config.max_num_batched_tokens, 1, 2**20)

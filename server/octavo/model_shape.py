@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import ModelError, OctavoError
+from octavo.json_object import read_json_object
 from octavo.models.hf_config import read_config
 from octavo.models.registry import native_family
-from octavo.json_object import read_json_object
 
 _MOST = 1 << 32
 # Families that know no grouped queries, whatever keys their configs carry.

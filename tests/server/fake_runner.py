@@ -43,8 +43,20 @@ class FakeRunner:
     def allocate_kv(self, num_blocks):
         self.slots = [EMPTY] * (num_blocks * self.block_size)
 
+    def allocate_swap(self, num_blocks):
+        self.host = [EMPTY] * (num_blocks * self.block_size)
+        return 1e-9
+
+    def swap(self, plan):
+        size = self.block_size
+        for source, target in plan.swap_out:
+            self.host[target * size : (target + 1) * size] = self.slots[source * size :][:size]
+        for source, target in plan.swap_in:
+            self.slots[target * size : (target + 1) * size] = self.host[source * size :][:size]
+
     def execute(self, plan):
         self.steps += 1
+        self.swap(plan)
         drawn = []
         for source, destination in plan.copies:
             size = self.block_size

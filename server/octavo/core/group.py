@@ -37,6 +37,11 @@ class Group:
         return len(self.branches)
 
     @property
+    def swapped(self) -> bool:
+        """True while its blocks are in host memory."""
+        return any(branch.swapped for branch in self.branches)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens known of all branches, the prompt counted once."""
         prompt = self.lead.num_prompt_tokens

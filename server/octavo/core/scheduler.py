@@ -32,10 +32,11 @@ from octavo.core.forecast import OutputLengths, expected_growth
 from octavo.core.group import Group
 from octavo.core.kv_groups import shared_entries, slide
 from octavo.core.policy import SchedulingPolicy
-from octavo.core.prefix_cache import Prefix, PrefixCache
+from octavo.core.prefix_cache import NOTHING, Prefix, PrefixCache
 from octavo.core.request import Limits, Request, RequestError, make_group
 from octavo.core.sequence import Sequence
 from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED, ScheduledSequence, StepPlan
+from octavo.core.swap import Pairs, SwapSpace
 from octavo.core.waiting import WaitingQueue, WaitingTotals
 from octavo.logprobs import TokenLogprobs
 from octavo.params import SamplingParams
@@ -85,16 +86,25 @@ class _Draft:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    swap_out: Pairs = field(default_factory=list)
+    swap_in: Pairs = field(default_factory=list)
 
 
 class Scheduler:
     """Plans steps over groups of sequences and a block pool; knows no model, device or clock."""
 
-    def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        policy: SchedulingPolicy,
+        limits: Limits,
+        swap: SwapSpace | None = None,
+    ) -> None:
         self.max_len = min(limits.max_model_len, limits.longest(pool.num_blocks))
         self.kv = limits.kv
         self.limits = limits
         self.pool = pool
+        self.swap = swap
         self.counters = Counters()
         self.output_lengths = OutputLengths()
         self.prefix_cache = PrefixCache(pool, self.kv, enabled=limits.enable_prefix_caching)
@@ -166,7 +176,13 @@ class Scheduler:
         if complete and not draft.preempted:
             self._admit(draft)
         self.counters.copies += len(draft.copies)
-        return StepPlan(tuple(draft.sequences), tuple(draft.copies), tuple(draft.preempted))
+        return StepPlan(
+            tuple(draft.sequences),
+            tuple(draft.copies),
+            tuple(draft.preempted),
+            tuple(draft.swap_out),
+            tuple(draft.swap_in),
+        )
 
     def _admit(self, draft: _Draft) -> None:
         while self._waiting:
@@ -174,17 +190,24 @@ class Scheduler:
             places = self.limits.max_num_seqs - len(self._branches)
             if group.width > min(places, draft.budget):
                 return
-            joined_at = group.lead.num_prompt_tokens if group.width > 1 else None
-            found = self.prefix_cache.find(group.lead, joined_at)
+            found = NOTHING if group.swapped else self._find(group)
             if self._admission_blocks(group, found) > self.pool.num_free:
                 return  # those behind it wait too: the order is the policy's, not the size's
             self._waiting.pop()
             self._running[group.arrival] = group
             for branch in group.branches:
                 self._branches[branch.seq_id] = branch
-            self.prefix_cache.attach(group.lead, found)
+            if group.swapped and self.swap is not None:
+                draft.swap_in += self.swap.back(group, self.pool, self.prefix_cache)
+            else:
+                self.prefix_cache.attach(group.lead, found)
             if not self._continue(group, draft):
                 return
+
+    def _find(self, group: Group) -> Prefix:
+        """What the lead need not compute. Its branches will join it at the prompt's end."""
+        joined_at = group.lead.num_prompt_tokens if group.width > 1 else None
+        return self.prefix_cache.find(group.lead, joined_at)
 
     def _admission_blocks(self, group: Group, found: Prefix) -> int:
         """Blocks to be taken for its known tokens and the output it is expected to grow by.
@@ -282,7 +305,7 @@ class Scheduler:
             victim = self._victim(group)
             if victim is None:
                 return False
-            draft.preempted += self._preempt(victim)
+            draft.preempted += self._preempt(victim, draft)
         blocks = self.pool.allocate(need)
         # A new list where others may have been given the old one.
         table = sequence.block_table + blocks[len(copied) :]
@@ -334,14 +357,20 @@ class Scheduler:
             writes=start >= sequence.written,
         )
 
-    def _preempt(self, group: Group) -> list[int]:
-        """Take the group's blocks; it returns to its place in the queue and replays later."""
+    def _preempt(self, group: Group, draft: _Draft) -> list[int]:
+        """Take the group's blocks; it returns to its place in the queue.
+
+        Later it replays, or its blocks come back from host memory.
+        """
+        if self.swap is not None and self.swap.pays(group):
+            draft.swap_out += self.swap.out(group, self.pool)
         del self._running[group.arrival]
         if group.beam is not None:
             group.beam.candidates = {}
         for branch in group.branches:
             del self._branches[branch.seq_id]
-            self._free_blocks(branch)
+            if not branch.swapped:
+                self._free_blocks(branch)
             branch.preemptions += 1
         self.counters.preemptions += 1
         self._waiting.push(group)
@@ -487,6 +516,8 @@ class Scheduler:
         self._free_blocks(sequence)
 
     def _free_blocks(self, sequence: Sequence) -> None:
+        if sequence.swapped and self.swap is not None:
+            self.swap.drop(sequence)
         self.pool.release(sequence.block_table)
         # A new list: a plan may still hold the old one.
         sequence.block_table = []
@@ -523,6 +554,8 @@ class Scheduler:
         """Raise `IntegrityError` unless every block is accounted for; O(blocks)."""
         groups = self._by_request.values()
         self.pool.check_integrity(b.block_table for group in groups for b in group.branches)
+        if self.swap is not None:
+            self.swap.pool.check_integrity(b.swapped for group in groups for b in group.branches)
 
 
 def _ends(lead: Sequence, reason: str, error: str | None = None) -> list[SequenceUpdate]:

@@ -32,13 +32,15 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
 
     `token_ids[i]` stands at position `start + i`; its keys and values go to slot
     `block_table[p // block_size] * block_size + p % block_size` for p = start + i, and it attends
-    to positions 0..p. `samples` says that the last of these tokens is the last one known, so that
-    the step ends by drawing the next. `num_generated` is the count drawn before this step; with
-    `params.seed`, `seq_id` and `branch` (which of several samples of one request) it keys the
-    draw, so that a draw does not depend on batch mates. `tokens` is the sequence's own list, not a
-    copy: prompt, then what was drawn; who reads it when more may have been appended bounds it by
-    `num_prompt_tokens + num_generated`. Without `writes` the keys and values of these tokens are
-    in their slots already, in blocks that others may read, and are not written again.
+    to positions 0..p. With several groups of layers a row of the table has an entry for each of
+    them, as `kv_layout.KvGroups` says; an entry of -1 lies behind the group's window. `samples`
+    says that the last of these tokens is the last one known, so that the step ends by drawing the
+    next. `num_generated` is the count drawn before this step; with `params.seed`, `seq_id` and
+    `branch` (which of several samples of one request) it keys the draw, so that a draw does not
+    depend on batch mates. `tokens` is the sequence's own list, not a copy: prompt, then what was
+    drawn; who reads it when more may have been appended bounds it by `num_prompt_tokens +
+    num_generated`. Without `writes` the keys and values of these tokens are in their slots already,
+    in blocks that others may read, and are not written again.
     """
 
     seq_id: int
@@ -63,15 +65,19 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(slots=True, frozen=True)
 class StepPlan:
-    """One step: block copies first (copy-on-write), then one forward over all sequences.
+    """One step: block copies first, then one forward over all sequences.
 
-    `copies` holds (source block, destination block) pairs. `preempted` names sequences whose
-    blocks were taken; they will be planned again from position 0.
+    Copies are made in this order: `swap_out` (device block, host block), `swap_in` (host block,
+    device block), `copies` (source block, destination block; copy-on-write). `preempted` names
+    sequences whose blocks were taken; they will be planned again, from position 0 or, if they were
+    swapped out, from where they were.
     """
 
     sequences: tuple[ScheduledSequence, ...]
     copies: tuple[tuple[int, int], ...] = ()
     preempted: tuple[int, ...] = ()
+    swap_out: tuple[tuple[int, int], ...] = ()
+    swap_in: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -13,6 +13,7 @@ from octavo.engine.logits import Draw
 from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
 from octavo.engine.model import Model
 from octavo.engine.sampler import GREEDY_BELOW, draw_key, sample
+from octavo.engine.swap import HostBlocks
 from octavo_kernels import ops
 
 
@@ -46,10 +47,13 @@ class EagerSteps:
         self._num_groups = num_groups
         self._eos_token_ids = eos_token_ids
         self._seed = seed
+        self.host_blocks: HostBlocks | None = None
         self._drawn: dict[int, int] = {}
 
     def submit(self, plan: StepPlan) -> Done:
         """Run the plan."""
+        if self.host_blocks is not None:
+            self.host_blocks.run(plan)
         result = self._run(resolve(plan, self._drawn))
         sampling = (s.seq_id for s in plan.sequences if s.samples)
         self._drawn = dict(zip(sampling, result.tokens, strict=True))

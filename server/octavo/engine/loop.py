@@ -60,6 +60,8 @@ class EngineLoop:
         self._clock = clock or Clock()
         self._rates = forecast.StepRates()
         self._step_time = StepTimeModel()
+        if scheduler.swap is not None:
+            scheduler.swap.recompute_seconds = self._step_time.added
         self._target_itl_s = target_itl_s
         self._outbox: list[wire.TokenOutput] = []
         # Of prompts that are still being computed, by seq_id; they leave with the first token.

@@ -14,6 +14,7 @@ from octavo.core.step import StepPlan, StepResult
 from octavo.engine.eager import EagerSteps
 from octavo.engine.memory import available_host_bytes
 from octavo.engine.model import check_model
+from octavo.engine.swap import HostBlocks
 from octavo.errors import ConfigError, DoesNotFitError
 from octavo.models.hf_config import read_eos_token_ids
 from octavo.models.spec import DecoderSpec
@@ -36,7 +37,9 @@ class Step(Protocol):
 
 
 class Steps(Protocol):
-    """How steps are run on a device."""
+    """How steps are run on a device. `host_blocks` are what plans swap with."""
+
+    host_blocks: HostBlocks | None
 
     def submit(self, plan: StepPlan) -> Step:
         """Start a step; its tokens need not be known yet when this returns."""
@@ -96,6 +99,7 @@ class Runner:
             lambda done, all_: progress("weights", done / max(1, all_)),
         )
         self._progress = progress
+        self._kv_cache: torch.Tensor | None = None
         self._steps: Steps | None = None
 
     @property
@@ -149,10 +153,31 @@ class Runner:
                 f"a KV pool of {num_blocks} blocks ({size:.2f} GiB) cannot be allocated on "
                 f"{self.device}; set --num-kv-blocks lower"
             ) from error
+        self._kv_cache = kv_cache
         self._steps = EagerSteps(
             self._decoder, kv_cache, len(self.kv_windows), self.eos_token_ids, self._seed
         )
         self._progress("cache", 1.0)
+
+    @torch.inference_mode()
+    def allocate_swap(self, num_blocks: int) -> float:
+        """Make room for so many blocks in host memory; return the seconds that copying one takes.
+
+        After `allocate_kv`. On a CPU memory is taken as blocks are first written, on a GPU at once.
+        """
+        if self._kv_cache is None or self._steps is None:
+            raise RuntimeError("allocate_kv comes before allocate_swap")
+        needed, free = num_blocks * self.kv_bytes_per_block, available_host_bytes()
+        try:
+            if needed > free:
+                raise MemoryError
+            self._steps.host_blocks = HostBlocks(self._kv_cache, num_blocks)
+        except (RuntimeError, MemoryError) as error:
+            raise DoesNotFitError(
+                f"--swap-space takes {needed / memory_plan.GIB:.2f} GiB of host memory and "
+                f"{free / memory_plan.GIB:.2f} GiB are free; set it lower, or give the pod more"
+            ) from error
+        return self._steps.host_blocks.seconds_per_block()
 
     def submit(self, plan: StepPlan) -> Step:
         """Start a step and return at once, as far as the device allows."""

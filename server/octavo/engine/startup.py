@@ -15,6 +15,7 @@ from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits
 from octavo.core.scheduler import Scheduler
 from octavo.core.step import StepPlan, StepResult
+from octavo.core.swap import SwapSpace
 from octavo.engine.locate import locate
 from octavo.engine.loop import EngineLoop, RunnerError
 from octavo.errors import ConfigError, DoesNotFitError
@@ -48,6 +49,13 @@ class ModelRunner(Protocol):
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Make the cache; `num_blocks` includes the null block 0."""
+        ...
+
+    def allocate_swap(self, num_blocks: int) -> float:
+        """Make room for so many blocks in host memory; return the seconds to copy one.
+
+        `num_blocks` includes the null block 0.
+        """
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -113,7 +121,8 @@ def start(
     runner.allocate_kv(num_blocks + 1)
     report("warmup", 0)
     warm_up(runner, limits, num_blocks)
-    scheduler = _scheduler(limits, num_blocks, config.scheduling_policy)
+    swap = _swap_space(config, runner)
+    scheduler = _scheduler(limits, num_blocks, config.scheduling_policy, swap)
     ready = wire.Ready(
         max_model_len=scheduler.max_len,
         vocab_size=runner.vocab_size,
@@ -174,8 +183,24 @@ def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
     )
 
 
-def _scheduler(limits: Limits, num_blocks: int, policy: str) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks), PolicyFactory.get_policy(policy), limits)
+def _scheduler(
+    limits: Limits, num_blocks: int, policy: str, swap: SwapSpace | None = None
+) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks), PolicyFactory.get_policy(policy), limits, swap)
+
+
+def _swap_space(config: EngineConfig, runner: ModelRunner) -> SwapSpace | None:
+    """As many blocks of host memory as were asked for; None where none were."""
+    if not config.swap_space:
+        return None
+    size = runner.kv_bytes_per_block
+    blocks = int(config.swap_space * 2**30) // size - 1  # one is the null block
+    if blocks < 1:
+        raise ConfigError(
+            f"--swap-space {config.swap_space:g} is {config.swap_space * 1024:g} MiB, less than "
+            f"two KV blocks of {size / _MIB:g} MiB each; give more, or 0 for none"
+        )
+    return SwapSpace(blocks, runner.allocate_swap(blocks + 1))
 
 
 def warm_up(runner: ModelRunner, limits: Limits, num_blocks: int) -> None:

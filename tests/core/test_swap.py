@@ -1,0 +1,240 @@
+"""Swapping: what is moved, what is shared again, when it pays, and that tokens never change."""
+
+import random
+
+import pytest
+from grouped_engine import TEXT, VOCAB, Engine, sample
+
+from octavo.core.block_pool import NO_BLOCK, IntegrityError
+from octavo.core.request import RequestError
+from octavo.core.step_time import StepTimeModel
+from octavo.logprobs import TokenLogprobs
+
+GROUPS = [(None,), (None, 8), (8,), (None, 5, 13), (6, 11)]
+
+
+def until_preempted(engine):
+    while not engine.scheduler.counters.preemptions:
+        assert engine.scheduler.has_work, "nobody was preempted"
+        plan = engine.step()
+    return plan
+
+
+def test_a_swapped_sequence_goes_on_where_it_was():
+    engine = Engine((None,), blocks=8, host_blocks=8, caching=False)
+    engine.add("a", TEXT[:8], 20)
+    engine.add("b", TEXT[20:28], 20)
+    plan = until_preempted(engine)
+    assert plan.preempted == (1,)
+    assert len(plan.swap_out) == 4, "of 16 tokens"
+    computed = engine.computed
+    drawn = len(engine.outputs["b", 0])
+    while not plan.swap_in:
+        plan = engine.step()
+    assert [share.start for share in plan.sequences if share.seq_id == 1] == [8 + drawn - 1]
+    engine.finish()
+    assert engine.outputs == {
+        ("a", 0): sample(TEXT[:8], 0, 20),
+        ("b", 0): sample(TEXT[20:28], 0, 20),
+    }
+    # Nothing ran twice: both prompts, and all drawn tokens but the last of each.
+    assert engine.computed == 2 * (8 + 19)
+    assert computed < engine.computed
+    assert (engine.swap.blocks_out, engine.swap.blocks_in) == (4, 4)
+    assert engine.swap.pool.counts.free == 8
+
+
+def test_shared_blocks_are_moved_once_and_shared_again():
+    engine = Engine((None,), blocks=18, host_blocks=18, caching=False)
+    engine.add("a", TEXT[:8], 40)
+    engine.add("b", TEXT[20:32], 16, n=3)
+    plan = until_preempted(engine)
+    assert plan.preempted == (1, 2, 3)
+    group = engine.scheduler._by_request["b"]
+    tables = [branch.swapped for branch in group.branches]
+    assert len({tuple(table[:3]) for table in tables}) == 1, "the prompt's three blocks"
+    assert len(plan.swap_out) == len({block for table in tables for block in table})
+    counts = engine.swap.pool.counts
+    assert (counts.active, counts.shared) == (len(plan.swap_out), 3)
+    engine.scheduler.abort("a")
+    plan = engine.step()
+    assert len(plan.swap_in) == len(set(plan.swap_in)) == counts.active
+    assert engine.scheduler.pool.counts.shared == 3
+    engine.finish()
+    assert [engine.outputs["b", b] for b in range(3)] == [
+        sample(TEXT[20:32], b, 16) for b in range(3)
+    ]
+
+
+def test_what_can_still_be_found_is_not_copied_back():
+    engine = Engine((None,), blocks=9, host_blocks=9)
+    engine.add("a", TEXT[:8], 20)
+    engine.add("b", TEXT[20:36], 8)
+    plan = until_preempted(engine)
+    out = len(plan.swap_out)
+    engine.scheduler.abort("a")
+    plan = engine.step()
+    # All five were full and could be found, until one of them had to make room for the other.
+    assert (out, len(plan.swap_in)) == (5, 1)
+    assert engine.finish()["b", 0] == sample(TEXT[20:36], 0, 8)
+
+
+def test_what_came_back_is_found_by_others():
+    engine = Engine((None,), blocks=9, host_blocks=9)
+    engine.add("a", TEXT[:8], 28)
+    engine.add("b", TEXT[20:36], 8)
+    until_preempted(engine)
+    while ("b", 0) not in engine.outputs or len(engine.outputs["b", 0]) < 8:
+        plan = engine.step()
+        if plan.swap_in:
+            assert len(plan.swap_in) >= 4, "the cached ones were evicted"
+            engine.scheduler.abort("a")
+    engine.finish()
+    assert engine.run(TEXT[20:36]) == 15
+
+
+@pytest.mark.parametrize("index", [None, 0, 1])
+def test_abort_gives_host_blocks_back(index):
+    engine = Engine((None,), blocks=18, host_blocks=18, caching=False)
+    engine.add("a", TEXT[:8], 40)
+    engine.add("b", TEXT[20:32], 16, n=3)
+    until_preempted(engine)
+    held = engine.swap.pool.counts.active
+    engine.scheduler.abort("b", index)
+    engine.scheduler.check_integrity()
+    assert engine.swap.pool.counts.active < held
+    engine.finish()
+    assert engine.swap.pool.counts.free == 18
+    if index is not None:
+        assert engine.outputs["b", 2] == sample(TEXT[20:32], 2, 16)
+
+
+def test_windows_move_only_what_they_keep():
+    engine = Engine((None, 8), blocks=22, host_blocks=30, caching=False)
+    engine.add("a", TEXT[:24], 20)
+    engine.add("b", TEXT[40:64], 20)
+    plan = until_preempted(engine)
+    lead = engine.scheduler._by_request["b"].lead
+    assert lead.swapped.count(NO_BLOCK) > 0
+    assert len(plan.swap_out) == len(lead.swapped) - lead.swapped.count(NO_BLOCK)
+    engine.finish()
+    assert engine.outputs["b", 0] == sample(TEXT[40:64], 0, 20)
+
+
+DECISIONS = [
+    # Host blocks, seconds to recompute; 4 blocks there and back take 4 seconds.
+    (8, lambda tokens: 4.5, True),
+    (8, lambda tokens: 3.5, False),
+    (8, lambda tokens: None, False),
+    (8, lambda tokens: 0.3 * tokens, True),
+    (3, lambda tokens: 99, False),
+]
+
+
+@pytest.mark.parametrize(("host_blocks", "recompute", "swaps"), DECISIONS)
+def test_the_cheaper_way_is_taken(host_blocks, recompute, swaps):
+    engine = Engine((None,), blocks=8, host_blocks=host_blocks, recompute=recompute, caching=False)
+    engine.add("a", TEXT[:8], 20)
+    engine.add("b", TEXT[20:28], 20)
+    plan = until_preempted(engine)
+    assert bool(plan.swap_out) == swaps
+    assert engine.finish()["b", 0] == sample(TEXT[20:28], 0, 20)
+    assert (engine.computed == 54) == swaps
+
+
+def test_the_time_of_more_tokens_is_known_once_steps_were_seen():
+    model = StepTimeModel()
+    assert model.added(100) is None
+    for tokens in (1, 50, 3, 80, 20, 7, 64, 33, 90, 12):
+        model.observe(tokens, 0, 0.01 + 0.001 * tokens)
+    assert model.added(100) == pytest.approx(0.1, rel=0.02)
+
+
+def test_the_integrity_check_sees_a_lost_host_block():
+    engine = Engine((None,), blocks=8, host_blocks=8)
+    engine.add("a", TEXT[:8], 20)
+    engine.add("b", TEXT[20:28], 20)
+    until_preempted(engine)
+    engine.scheduler._by_request["b"].lead.swapped.pop()
+    with pytest.raises(IntegrityError):
+        engine.scheduler.check_integrity()
+
+
+def test_random_traffic_keeps_its_tokens_however_it_is_preempted():
+    """Swap or not at random, host pools too small at times; every read is checked."""
+    swaps = recomputed = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        windows = rng.choice(GROUPS)
+        size, budget = rng.choice([1, 2, 3, 8]), rng.choice([3, 8, 30])
+        engine = Engine(
+            windows, blocks=len(windows) * rng.randint(14, 60) // size, block_size=size,
+            budget=budget, seqs=6, context=rng.choice([40, 90]), caching=rng.random() < 0.6,
+            policy=rng.choice(["fcfs", "priority"]), host_blocks=rng.choice([5, 40, 200]),
+            recompute=lambda tokens, rng=rng: rng.choice([0, 1e9]),
+        )  # fmt: skip
+        wanted, aborted = {}, set()
+        for i in range(rng.randint(4, 12)):
+            prompt = TEXT[: rng.randint(1, 30)] + [rng.randrange(VOCAB)] * rng.randint(0, 4)
+            n, count = rng.choice([1, 1, 2, 3]), rng.randint(1, 50)
+            try:
+                engine.add(f"r{i}", prompt, count, n)
+            except RequestError:
+                continue
+            room = engine.scheduler._by_request[f"r{i}"].lead.max_new_tokens
+            wanted |= {(f"r{i}", b): sample(prompt, b, min(room, count)) for b in range(n)}
+            for _ in range(rng.randint(0, 3)):
+                engine.step()
+            if rng.random() < 0.2:
+                victim = f"r{rng.randint(0, i)}"
+                aborted.update(
+                    (victim, u.index) for u in engine.scheduler.abort(victim, rng.choice([None, 0]))
+                )
+        engine.finish()
+        assert engine.swap.pool.counts.active == 0
+        for key, tokens in wanted.items():
+            got = engine.outputs.get(key, [])
+            assert got == tokens[: len(got)]
+            assert len(got) == len(tokens) or key in aborted
+        swaps += engine.swap.blocks_in
+        recomputed += engine.scheduler.counters.preemptions
+    assert swaps > 200
+    assert recomputed > 100
+
+
+@pytest.mark.parametrize("windows", GROUPS)
+def test_beams_are_the_same_however_they_are_preempted(windows):
+    """The first pool is large; in the others two searches take turns, by replay and by swap."""
+    found, preempted = [], []
+    for room, host_blocks in ((8.0, 0), (1.05, 0), (1.05, 400)):
+        kv_blocks = Engine(windows, block_size=3, context=80).kv.blocks([50] * 4, 20, 64)
+        engine = Engine(
+            windows, block_size=3, blocks=int(room * kv_blocks), context=80, seqs=32,
+            host_blocks=host_blocks,
+        )  # fmt: skip
+        for i in range(8):
+            engine.add(
+                f"r{i}", TEXT[i : 20 + i], 30, 4, temperature=0, use_beam_search=True, best_of=4
+            )
+        results = {}
+        while engine.scheduler.has_work:
+            plan = engine.scheduler.plan()
+            drawn = engine.runner.execute(plan)
+            logprobs = {}
+            for share in plan.sequences:
+                if share.samples:
+                    rng = random.Random(repr(share.tokens))
+                    ids = rng.sample(range(VOCAB), 8)
+                    values = sorted((-5 * rng.random() for _ in ids), reverse=True)
+                    logprobs[share.seq_id] = TokenLogprobs(ids[0], 0.0, 1, ids, values)
+            for update in engine.scheduler.commit(plan, drawn, logprobs):
+                results[update.request_id, update.index] = update.token_ids
+            engine.scheduler.check_integrity()
+        found.append(results)
+        preempted.append(engine.scheduler.counters.preemptions)
+    assert len(found[0]) == 32
+    assert found[0] == found[1] == found[2]
+    assert preempted[0] == 0
+    if None in windows:
+        assert min(preempted[1:]) > 0
+        assert engine.swap.blocks_in > 0
