@@ -17,9 +17,8 @@ from workloads import ALPACA, SHAREGPT, Shape, draw, means
 from octavo import wire
 from octavo.core.step import StepPlan, StepResult
 from octavo.engine.batch import build_batch
-from octavo.engine.logits import Draw
+from octavo.engine.eager import draw_of
 from octavo.engine.loop import EngineLoop
-from octavo.engine.sampler import draw_key
 from octavo.params import SamplingParams
 
 WIDTHS = (2, 4, 6)
@@ -117,19 +116,21 @@ def _saved(
 class QuickDevice:
     """The least that can be had of a device, so that its own time is none."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        return StepResult([1] * sum(share.samples for share in plan.sequences))
+    def submit(self, plan: StepPlan) -> StepResult:
+        return StepResult([1] * plan.num_samples)
+
+    def collect(self, step: StepResult) -> StepResult:
+        return step
 
 
 class PreparingDevice(QuickDevice):
     """Also makes a step's arrays and the keys of its draws, as the runner does on the host."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> StepResult:
         build_batch(plan, BLOCK_SIZE, torch.device("cpu"))
         for share in plan.sequences:
-            key = draw_key(share.params, 0, share.seq_id, share.num_generated, share.branch)
-            Draw(share.params, key, share.num_generated, share.tokens, share.num_prompt_tokens)
-        return super().execute(plan)
+            draw_of(share, 0)
+        return super().submit(plan)
 
 
 class HostTime:

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 import torch
 from ceilings import seconds
 from kernel_decode import decode
+from kernel_gemm import gemm
 from kernel_prefill import prefill
 from kernel_timing import Machine
 
 PARTS: dict[str, Callable[[Machine, bool], Iterator[dict[str, object]]]] = {
     "decode": decode,
+    "gemm": gemm,
     "prefill": prefill,
 }
 

@@ -39,7 +39,7 @@ class FakeDevice:
         self._look = look
         self._rng = random.Random(seed)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> StepResult:
         if self._look is not None:
             self._look(plan)
         drawing = [share for share in plan.sequences if share.samples]
@@ -47,6 +47,9 @@ class FakeDevice:
         searching = [share for share in drawing if share.params.use_beam_search]
         found = {share.seq_id: self._candidates(share.params.logprobs or 1) for share in searching}
         return StepResult(tokens, found)
+
+    def collect(self, step: StepResult) -> StepResult:
+        return step
 
     def _candidates(self, count: int) -> TokenLogprobs:
         logits = sorted((self._rng.gauss(0, _LOGIT_SPREAD) for _ in range(count)), reverse=True)

@@ -129,7 +129,8 @@ def install_octavo(uv: Path) -> None:
         for d in ("operator", "server", "kernels")
         for p in sorted((ROOT / d).rglob("*.py"))
     ]
-    value = digest([*native, ROOT / "pyproject.toml"], str(ROOT), *modules)
+    once = ROOT / "tools" / "compile_once.py"
+    value = digest([*native, once, ROOT / "pyproject.toml"], str(ROOT), *modules)
     if stamped("editable", value):
         return
     run(
@@ -141,6 +142,7 @@ def install_octavo(uv: Path) -> None:
         VENV / "bin" / "python",
         "--no-deps",
         "--no-build-isolation",
+        f"--config-settings=cmake.define.CMAKE_CUDA_COMPILER_LAUNCHER={sys.executable};{once}",
         "--editable",
         ".",
         PATH=f"{VENV / 'bin'}:{os.environ['PATH']}",

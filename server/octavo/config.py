@@ -7,7 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,7 +33,7 @@ class EngineConfig:
 
     None means that the engine decides once it knows the model and the device: `num_kv_blocks` from
     memory, `max_model_len` from the model, `max_num_batched_tokens` 2048 (512 on the CPU),
-    `num_threads` from the container's CPU limit. `swap_space` is in GiB.
+    `pipeline_depth` 2 (1 on the CPU), `num_threads` from the container's CPU limit.
     """
 
     model: str
@@ -51,6 +51,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     enable_prefix_caching: bool = True
     target_itl_ms: float | None = None
+    pipeline_depth: int | None = None
     seed: int = 0
     num_threads: int | None = None
     trust_remote_code: bool = False
@@ -255,6 +256,13 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="MS",
         help="time between two tokens of a stream that chunks of prompts are sized to keep",
     )
+    add(
+        "--pipeline-depth",
+        type=int,
+        metavar="N",
+        help="steps in flight at a time: 1, or 2 so that a GPU does not wait for the host "
+        "(default: 2 on a GPU, 1 on a CPU)",
+    )
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser, gpus: Sequence[str]) -> None:
@@ -297,28 +305,11 @@ def reject_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> N
 
 def serve_config(args: argparse.Namespace) -> ServeConfig:
     """Build and check the configuration from parsed flags and the environment."""
-    engine = EngineConfig(
-        model=args.model,
-        source=args.source,
-        revision=args.revision,
-        device=args.device,
-        dtype=args.dtype,
-        block_size=args.block_size,
-        num_kv_blocks=args.num_kv_blocks,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        swap_space=args.swap_space,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        scheduling_policy=args.scheduling_policy,
-        enable_prefix_caching=args.enable_prefix_caching,
-        target_itl_ms=args.target_itl_ms,
-        seed=args.seed,
-        num_threads=cpu_limit() if args.num_threads is None else args.num_threads,
-        trust_remote_code=args.trust_remote_code,
-        load_format=args.load_format,
-        enforce_eager=args.enforce_eager,
-    )
+    # Each field has a flag of its name.
+    values = {field.name: getattr(args, field.name) for field in fields(EngineConfig)}
+    if values["num_threads"] is None:
+        values["num_threads"] = cpu_limit()
+    engine = EngineConfig(**values)
     config = ServeConfig(
         engine=engine,
         host=args.host,
@@ -433,6 +424,7 @@ def _validate_engine(config: EngineConfig) -> None:
     _within("max-num-seqs", config.max_num_seqs, 1, 65536)
     _within("max-num-batched-tokens", config.max_num_batched_tokens, 1, 2**20)
     _within("target-itl-ms", config.target_itl_ms, 0.1, 60_000)
+    _within("pipeline-depth", config.pipeline_depth, 1, 2)
     _within("seed", config.seed, -(2**63), 2**63 - 1)
     _within("num-threads", config.num_threads, 1, 1024)
 

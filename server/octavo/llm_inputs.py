@@ -21,7 +21,7 @@ DEFAULT_PARAMS = SamplingParams(max_tokens=16)
 
 
 class LLMOptions(TypedDict, total=False):
-    """The keywords of `LLM`; names and meaning are vLLM's, the last four are ours."""
+    """The keywords of `LLM`; names and meaning are vLLM's, the last five are ours."""
 
     tokenizer: str | None
     tokenizer_mode: str
@@ -48,6 +48,7 @@ class LLMOptions(TypedDict, total=False):
     num_kv_blocks: int | None
     num_threads: int | None
     source: str
+    pipeline_depth: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

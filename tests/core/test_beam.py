@@ -1,10 +1,9 @@
 """Beam search through the scheduler, against a search over plain lists."""
 
 import math
-import random
 
 import pytest
-from fake_runner import FakeRunner, next_token
+from beam_oracle import EOS, VOCAB, BeamRunner, plain_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,63 +11,10 @@ from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits, RequestError
 from octavo.core.scheduler import Scheduler
-from octavo.core.step import NO_TOKEN, StepResult
-from octavo.logprobs import TokenLogprobs
+from octavo.core.step import NO_TOKEN
 from octavo.params import ParameterError, SamplingParams
 
-VOCAB = 31
-EOS = 3
 CONTEXT = 96
-
-
-def log_probabilities(tokens):
-    """A distribution over the next token that is a function of the tokens alone."""
-    rng = random.Random(next_token(tokens, 2**31))
-    logits = [4 * rng.random() for _ in range(VOCAB)]
-    total = math.log(sum(math.exp(x) for x in logits))
-    return [x - total for x in logits]
-
-
-class BeamRunner(FakeRunner):
-    """Gives the log-probabilities that belong to what it finds in its cache."""
-
-    vocab_size = VOCAB
-
-    def execute(self, plan):
-        result = super().execute(plan)
-        found = {}
-        for share in plan.sequences:
-            if share.samples and share.params.logprobs is not None:
-                stop = share.start + len(share.token_ids)
-                context = [self.slots[slot] for slot in self._slots(share.block_table, stop)]
-                row = log_probabilities(context)
-                best = sorted(range(VOCAB), key=lambda i: -row[i])[: share.params.logprobs]
-                top = [row[i] for i in best]
-                found[share.seq_id] = TokenLogprobs(best[0], top[0], 1, best, top)
-        return StepResult(result.tokens, found)
-
-
-def plain_search(prompt, width, most, penalty=1.0, early=False, stops=(EOS,)):
-    """Beam search over lists of tokens: every continuation of every beam, ranked."""
-    beams, done = [(0.0, [])], []
-    for length in range(1, most + 1):
-        every = [
-            (score + logprob, [*tokens, token])
-            for score, tokens in beams
-            for token, logprob in enumerate(log_probabilities([*prompt, *tokens]))
-        ]
-        every.sort(key=lambda item: -item[0])
-        every = every[: max(2, 1 + len(stops)) * width]
-        last = length == most
-        for score, tokens in every[:width]:
-            if last or tokens[-1] in stops:
-                done.append((score / length**penalty, tokens))
-        done = sorted(done, key=lambda item: -item[0])[:width]
-        beams = [item for item in every if item[1][-1] not in stops][:width]
-        reach = most if early == "never" and penalty > 0 else length
-        if len(done) == width and (early is True or beams[0][0] / reach**penalty <= done[-1][0]):
-            break
-    return done
 
 
 class Engine:

@@ -16,7 +16,7 @@ EMPTY = WaitingTotals()
 
 def sequence(prompt=16, generated=0, max_new=100, computed=None):
     length = prompt + generated
-    return Sequence(
+    made = Sequence(
         seq_id=0,
         request_id="r",
         tokens=[1] * length,
@@ -24,8 +24,9 @@ def sequence(prompt=16, generated=0, max_new=100, computed=None):
         max_new_tokens=max_new,
         params=SamplingParams(),
         arrival=0,
-        computed=length - 1 if computed is None else computed,
     )
+    made.computed = length - 1 if computed is None else computed
+    return made
 
 
 def demand(running=(), waiting=EMPTY, *, mean=50.0, pace=1.0, active=0):

@@ -34,9 +34,9 @@ def params(max_tokens=4, **kwargs):
     return SamplingParams(max_tokens=max_tokens, **kwargs)
 
 
-def step(engine, token=7):
+def step(engine, token=7, budget=None):
     """One step in which every sequence draws `token`."""
-    plan = engine.plan()
+    plan = engine.plan(budget)
     return plan, engine.commit(plan, [token for share in plan.sequences if share.samples])
 
 
@@ -295,9 +295,9 @@ def test_a_given_budget_bounds_the_step_but_never_those_who_run():
         engine.add(name, [5] * 4, params(9))
     step(engine)
     engine.add("d", [5] * 20, params(9))
-    assert engine.plan(10).num_tokens == 10
-    assert engine.plan(1).num_tokens == 4
-    assert engine.plan(99).num_tokens == 32 - 9
+    assert step(engine, budget=10)[0].num_tokens == 10
+    assert step(engine, budget=1)[0].num_tokens == 4
+    assert step(engine, budget=99)[0].num_tokens == 3 + 12
 
 
 def test_priority_goes_first_but_does_not_interrupt():
@@ -350,36 +350,66 @@ def run_with_model(engine):
     return outputs
 
 
-def python_calls(action):
+def calls_of(action):
+    """Calls of functions, ours and the interpreter's own, and what came of the action."""
     calls = 0
 
     def count(frame, event, arg):
         nonlocal calls
-        calls += event == "call"
+        calls += event in ("call", "c_call")
 
     sys.setprofile(count)
     try:
-        action()
+        result = action()
     finally:
         sys.setprofile(None)
-    return calls
+    return calls - 1, result  # the last is setprofile's own
 
 
-def test_a_quiet_decode_step_allocates_nothing_and_costs_few_calls():
-    def decoding(count):
-        engine = scheduler(blocks=4096, block_size=128, context=512, seqs=256, budget=4096)
-        for i in range(count):
-            engine.add(str(i), [5] * 8, params(400))
-        step(engine)
-        return engine
+def decoding(count, block_size, lengths=1):
+    engine = scheduler(
+        blocks=8192, block_size=block_size, context=512, seqs=512, budget=8192, caching=True
+    )
+    for i in range(count):
+        engine.add(str(i), [5 + i % 90] * (8 + i % lengths), params(400))
+    step(engine)
+    step(engine)
+    return engine
 
-    few, many = decoding(64), decoding(256)
-    before = many.pool.allocations
-    calls = [python_calls(lambda e=engine: step(e)) for engine in (few, many)]
-    assert many.pool.allocations == before
-    # Linear, at most nine calls a sequence, and next to nothing beside.
-    assert calls[1] <= 9 * 256 + 20
-    assert calls[1] - calls[0] == pytest.approx(192 * calls[1] / 256, rel=0.05)
+
+def calls_of_a_step(engine):
+    planning, plan = calls_of(engine.plan)
+    committing, updates = calls_of(lambda: engine.commit(plan, [7] * plan.num_samples))
+    assert len(updates) == plan.num_samples == engine.num_running
+    return planning, committing
+
+
+def test_planning_a_quiet_step_costs_nothing_for_those_to_whom_nothing_happens():
+    costs = {}
+    for count in (64, 256, 512):
+        engine = decoding(count, 128)
+        before = engine.pool.allocations
+        costs[count] = calls_of_a_step(engine)
+        assert engine.pool.allocations == before
+    plans = {count: planning for count, (planning, _) in costs.items()}
+    assert plans[64] == plans[256] == plans[512] <= 60
+    # Each token is recorded and told.
+    assert all(committing <= 5 * count + 20 for count, (_, committing) in costs.items())
+
+
+def test_a_step_costs_as_much_as_happens_in_it():
+    """With blocks of 16 tokens a sixteenth of the sequences needs one in each step."""
+    for count in (64, 256, 512):
+        engine = decoding(count, 16, lengths=16)
+        before = engine.pool.allocations
+        planning = committing = 0
+        for _ in range(32):
+            plan, commit = calls_of_a_step(engine)
+            planning, committing = planning + plan, committing + commit
+        events = engine.pool.allocations - before
+        assert events == 2 * count
+        assert planning <= 32 * 60 + 20 * events
+        assert committing <= 32 * (5 * count + 20) + 12 * events
 
 
 def test_allocations_are_exactly_the_blocks_that_were_needed():

@@ -2,12 +2,16 @@
 
 The runner's next token is a pure function of the tokens it finds in its own cache through the block
 tables. So equality with the lonely run proves at once that outputs depend neither on batch mates,
-block size, chunks, budget nor preemption, and that no block was in two hands.
+block size, chunks, budget, preemption nor the number of steps in flight, and that no block was in
+two hands. Beam searches are compared with a search over plain lists.
 """
 
 import math
+from collections import deque
 
-from fake_runner import FakeRunner, next_token
+import pytest
+from beam_oracle import BeamRunner, plain_search
+from fake_runner import next_token
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -38,7 +42,23 @@ def alone(prompt, params, room, branch=0):
             return output, "length", None
 
 
-PARAMS = st.builds(
+def searched(prompt, params, room):
+    """The outputs of a beam search, best first, each with its score."""
+    stops = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS})
+    limit = min(room, params.max_tokens or room)
+    found = plain_search(
+        prompt, params.branches, limit, params.length_penalty, params.early_stopping, stops, VOCAB
+    )
+    outputs = []
+    for score, tokens in found[: params.n]:
+        ended = tokens[-1] in stops
+        stop = tokens[-1] if ended else None
+        output = tokens[:-1] if ended else tokens
+        outputs.append(((output, "stop" if ended else "length", stop), score))
+    return outputs
+
+
+SAMPLES = st.builds(
     lambda branches, max_tokens, least, stops, ignore_eos: SamplingParams(
         n=branches,
         max_tokens=max_tokens,
@@ -52,6 +72,27 @@ PARAMS = st.builds(
     st.lists(st.integers(0, VOCAB - 1), max_size=1),
     st.booleans(),
 )
+SEARCHES = st.builds(
+    lambda n, more, max_tokens, stops, ignore_eos, penalty, early: SamplingParams(
+        use_beam_search=True,
+        temperature=0,
+        n=n,
+        best_of=n + more,
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(stops),
+        ignore_eos=ignore_eos,
+        length_penalty=penalty,
+        early_stopping=early,
+    ),
+    st.integers(1, 2),
+    st.integers(0, 1),
+    st.one_of(st.none(), st.integers(1, 30)),
+    st.lists(st.integers(0, VOCAB - 1), max_size=1),
+    st.booleans(),
+    st.sampled_from([0.0, 1.0, 2.0]),
+    st.sampled_from([True, False, "never"]),
+)
+PARAMS = st.one_of(SAMPLES, SAMPLES, SAMPLES, SEARCHES)
 # Half of the prompts are runs of one token, so that many begin alike.
 PROMPTS = st.one_of(
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=CONTEXT + 2),
@@ -70,8 +111,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 6),
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.booleans(),
+        depth=st.sampled_from([1, 2, 2]),
     )
-    def make(self, block_size, num_blocks, budget, seqs, policy, caching):
+    def make(self, block_size, num_blocks, budget, seqs, policy, caching, depth):
         limits = Limits(
             block_size=block_size,
             max_model_len=CONTEXT,
@@ -85,13 +127,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.limits = limits
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(self.pool, PolicyFactory.get_policy(policy), limits)
-        self.runner = FakeRunner(
+        self.runner = BeamRunner(
             "", device="cpu", dtype="", max_model_len=CONTEXT, block_size=block_size,
             progress=lambda *_: None,
         )  # fmt: skip
         self.runner.vocab_size = VOCAB
         self.runner.allocate_kv(num_blocks + 1)
+        self.depth = depth
+        self.in_flight = deque()
         self.expected = {}
+        self.scores = {}
         self.got = {}
         self.ended = {}
         self.added = 0
@@ -101,11 +146,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         name, size = f"r{self.added}", self.limits.block_size
         self.added += 1
         most = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
-        shared = len(prompt) // size if params.n > 1 else 0
-        each = shared + (self.pool.num_blocks - shared) // params.n
+        width = params.branches
+        shared = len(prompt) // size if width > 1 else 0
+        each = shared + (self.pool.num_blocks - shared) // width
         room = min(CONTEXT, each * size) - len(prompt)
-        fits = room >= 1 and params.n <= most
-        if params.n > 1 and params.max_tokens is not None:
+        fits = room >= 1 and width <= most
+        if width > 1 and params.max_tokens is not None:
             fits = fits and min(params.max_tokens, CONTEXT - len(prompt)) <= room
         try:
             self.scheduler.add(name, prompt, params, priority=priority, scope=scope)
@@ -113,16 +159,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not fits, "refused although it would fit"
             return
         assert fits
-        for branch in range(params.n):
-            self.expected[name, branch] = alone(prompt, params, room, branch)
-            self.got[name, branch] = []
+        if params.use_beam_search:
+            for rank, (output, score) in enumerate(searched(prompt, params, room)):
+                self.expected[name, rank], self.scores[name, rank] = output, score
+        else:
+            for branch in range(width):
+                self.expected[name, branch] = alone(prompt, params, room, branch)
+        self.got |= {key: [] for key in self.expected if key[0] == name}
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data(), whole=st.booleans())
     def abort(self, data, whole):
         name, index = data.draw(st.sampled_from(sorted(self.expected)))
         live = [key for key in self.expected if key[0] == name and key not in self.ended]
-        if not whole:
+        if not whole and (name, 0) not in self.scores:
             live = [key for key in live if key[1] == index]
         updates = self.scheduler.abort(name, None if whole else index)
         assert sorted((u.request_id, u.index) for u in updates) == sorted(live)
@@ -136,16 +186,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step()
 
     def step(self):
+        while len(self.in_flight) < self.depth and self.scheduler.may_plan:
+            if not self.submit():
+                break
+        assert self.in_flight or not self.scheduler.has_work, "work, and nobody moved"
+        if self.in_flight:
+            self.collect()
+
+    def submit(self):
         before = {s.arrival for s in self.scheduler.running}
         plan = self.scheduler.plan()
         admitted = {s.arrival for s in self.scheduler.running} - before
         if self.policy == "fcfs" and admitted:
-            queue = [group.arrival for group in self.scheduler._waiting]
+            queue = [group.arrival for group in self.scheduler._roster.waiting]
             assert max(admitted) < min(queue, default=math.inf), "one was overtaken"
         assert plan.num_tokens <= self.limits.max_num_batched_tokens
-        assert bool(plan.sequences) == self.scheduler.has_work, "work, and nobody moved"
         self.check_plan(plan)
-        for update in self.scheduler.commit(plan, self.runner.execute(plan).tokens):
+        if plan.num_sequences:
+            self.in_flight.append((plan, self.runner.submit(plan)))
+        return plan.num_sequences
+
+    def collect(self):
+        plan, step = self.in_flight.popleft()
+        result = self.runner.collect(step)
+        for update in self.scheduler.commit(plan, result.tokens, result.logprobs):
             self.take(update)
 
     def check_plan(self, plan):
@@ -154,13 +218,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(planned)) == len(planned)
         assert set(planned) <= set(running)
         assert not set(plan.preempted) & set(planned)
-        assert planned[:1] == list(running)[:1], "the first admitted did not move"
+        if running:
+            arrival = next(iter(running.values())).arrival
+            first = [s for s in running.values() if s.arrival == arrival]
+            # What it lacks may be in flight.
+            assert any(s.seq_id in planned or not s.remaining for s in first), "the first waits"
         copied = [destination for _, destination in plan.copies]
         assert len(set(copied)) == len(copied)
         for share in plan.sequences:
             sequence, size = running[share.seq_id], self.limits.block_size
             end = share.start + len(share.token_ids)
             assert share.token_ids
+            assert share.start + len(share.token_ids) == sequence.computed
             assert share.block_table == sequence.block_table
             assert len(share.block_table) == blocks_for(end, size)
             if share.writes:
@@ -168,6 +237,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert all(
                     self.pool.references(b) == 1 for b in written if b not in self.given(plan)
                 ), "a block that others hold is written"
+                assert not any(
+                    b in self.pool._key_of for b in written if share.start % size == 0
+                ), "a block that can be found is written"
         chunked = [running[s.seq_id].request_id for s in plan.sequences if not s.samples]
         last = [running[seq_id].request_id for seq_id in planned[-1:]]
         assert set(chunked) <= set(last), "only the last may be between chunks"
@@ -187,6 +259,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if update.finish_reason in ("stop", "length"):
             assert (self.got[name], update.finish_reason) == (tokens, reason)
             assert update.stop_token_id == stop
+            if name in self.scores:
+                assert update.score == pytest.approx(self.scores[name], abs=1e-9)
 
     @invariant()
     def books_balance(self):
@@ -197,9 +271,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.limits.max_num_seqs, self.limits.max_num_batched_tokens
         )
         running = list(self.scheduler.running)
-        groups = list(self.scheduler._waiting)
+        groups = list(self.scheduler._roster.waiting)
         waiting = [branch for group in groups for branch in group.branches]
-        assert len(running) + len(waiting) == len(live)
+        searching = {name for name, _ in self.scores}
+        drawing = [s for s in running + waiting if s.request_id not in searching]
+        assert len(drawing) == sum(name not in searching for name, _ in live)
+        assert all(s.unread <= len(self.in_flight) for s in running + waiting)
         assert all(not s.block_table and not s.computed for s in waiting)
         totals = self.scheduler.waiting_totals
         assert totals.count == len(waiting)
@@ -213,11 +290,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         # The first admitted gets a token or a chunk of a prompt in every step, so each request ends
         # within the steps that all would take one by one, replays included.
         budget = self.limits.max_num_batched_tokens
-        bound = sum(CONTEXT + math.ceil(CONTEXT / budget) for _ in self.got) * 2
+        bound = sum(CONTEXT + math.ceil(CONTEXT / budget) for _ in self.got) * 2 + 4
         for _ in range(bound):
             if not self.scheduler.has_work:
                 break
             self.step()
+        while self.in_flight:  # steps whose every token is void
+            self.collect()
         assert set(self.ended) == set(self.expected), "a request without an end"
         self.scheduler.check_integrity()
         assert self.pool.num_free == self.pool.num_blocks

@@ -2,9 +2,12 @@
 
 import ast
 import importlib.util
+import inspect
 import re
+import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,27 +16,86 @@ import torch
 from octavo_kernels import ops
 
 ROOT = Path(__file__).resolve().parents[2]
-STUB = ROOT / "kernels/octavo_kernels/_core.pyi"
+PACKAGE = ROOT / "kernels/octavo_kernels"
 native = pytest.mark.skipif(
     "cpu" not in ops.implementations(), reason="octavo_kernels._core is not built"
 )
+gpu_module = pytest.mark.skipif(
+    "cuda" not in ops.implementations("cuda"),
+    reason="octavo_kernels._cuda is not built: no nvcc was found",
+)
 
 
-@native
-def test_stub_and_module_agree() -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param("_core", marks=native), pytest.param("_cuda", marks=gpu_module)]
+)
+def test_stub_and_module_agree(name: str) -> None:
     """Function and parameter names of the stub are those that pybind11 wrote in the docstrings."""
-    core = importlib.import_module("octavo_kernels._core")
+    module = importlib.import_module(f"octavo_kernels.{name}")
     declared = {
         node.name: [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
-        for node in ast.parse(STUB.read_text()).body
+        for node in ast.parse((PACKAGE / f"{name}.pyi").read_text()).body
         if isinstance(node, ast.FunctionDef)
     }
-    real = {name: f.__doc__ for name, f in vars(core).items() if callable(f)}
+    real = {name: f.__doc__ for name, f in vars(module).items() if callable(f)}
     real = {name: doc for name, doc in real.items() if not name.startswith("_")}
     assert declared.keys() == real.keys()
     for name, doc in real.items():
         signature = doc.splitlines()[0]
         assert re.findall(r"(\w+):", signature) == declared[name], signature
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("cpu", marks=native), pytest.param("cuda", marks=gpu_module)]
+)
+def test_back_ends_take_what_the_reference_takes(name: str) -> None:
+    """Equal names mean equal positional parameters; what a back end knows beyond comes after."""
+    back_end = importlib.import_module(f"octavo_kernels.{name}")
+    reference = importlib.import_module("octavo_kernels.reference")
+
+    def positional(function) -> list[str]:
+        found = inspect.signature(function).parameters.values()
+        return [p.name for p in found if p.kind == p.POSITIONAL_OR_KEYWORD]
+
+    shared = [op for op in ops.__all__ if inspect.isfunction(getattr(reference, op, None))]
+    shared = [op for op in shared if hasattr(back_end, op)]
+    assert len(shared) >= 8
+    for op in shared:
+        wanted, got = positional(getattr(reference, op)), positional(getattr(back_end, op))
+        assert got[: len(wanted)] == wanted, op
+
+
+@gpu_module
+def test_the_gpu_module_imports_without_a_driver_and_says_what_is_missing() -> None:
+    """It has the CUDA runtime within, so that no library's place matters."""
+    module = importlib.import_module("octavo_kernels._cuda")
+    linked = subprocess.run(
+        ["ldd", module.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert "libcuda" not in linked
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="--device cpu"):
+            module.device_report(0)
+
+
+@gpu_module
+def test_the_gpu_module_has_code_for_hopper_and_ptx_for_the_rest() -> None:
+    """Read from the fat binaries' headers: a kind (1 PTX, 2 machine code) and an architecture."""
+    module = importlib.import_module("octavo_kernels._cuda")
+    content = Path(module.__file__).read_bytes()
+    found = Counter()
+    container = struct.pack("<IHH", 0xBA55ED50, 1, 16)
+    for match in re.finditer(re.escape(container), content):
+        at = match.end() + 8
+        end = at + struct.unpack_from("<Q", content, match.end())[0]
+        while at < end:
+            kind, header, size = struct.unpack_from("<HxxIQ", content, at)
+            (architecture,) = struct.unpack_from("<I", content, at + 28)
+            found[kind, architecture] += 1
+            at += header + size
+    sources = len(list((ROOT / "kernels/csrc/cuda").glob("*.cu")))
+    assert found.keys() == {(1, 80), (2, 90)}, found
+    assert found[2, 90] == found[1, 80] <= sources
 
 
 @native

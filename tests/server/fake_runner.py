@@ -1,15 +1,18 @@
 """A runner without a model: the next token is a pure function of the tokens before it.
 
 It keeps its own KV cache (the token written to each slot) and reads the context back through the
-block tables, so that a wrong table, start or slot changes the tokens that come out.
+block tables, so that a wrong table, start or slot changes the tokens that come out. As a device
+does, it takes what it needs when a step is submitted, and runs the steps later, in order.
 """
 
-from __future__ import annotations
-
 import hashlib
+import itertools
 import time
+from collections import deque
 
-from octavo.core.step import StepResult
+import msgspec
+
+from octavo.core.step import PENDING, StepPlan, StepResult
 
 EMPTY = -1
 
@@ -34,6 +37,9 @@ class FakeRunner:
         self.block_size = block_size
         self.slots = []
         self.steps = 0
+        self.queue = deque()
+        self.drawn = {}
+        self.rows = RowMirror()
         progress("weights", 0.5)
         progress("weights", 1.0)
 
@@ -54,7 +60,34 @@ class FakeRunner:
         for source, target in plan.swap_in:
             self.slots[target * size : (target + 1) * size] = self.host[source * size :][:size]
 
+    def submit(self, plan):
+        assert plan.sequences, "an empty step"
+        self.rows.follow(plan)
+        copied = [
+            msgspec.structs.replace(s, token_ids=list(s.token_ids), block_table=list(s.block_table))
+            for s in plan.sequences
+        ]
+        self.queue.append(
+            StepPlan(tuple(copied), plan.copies, swap_out=plan.swap_out, swap_in=plan.swap_in)
+        )
+        assert len(self.queue) <= 2, "more than two steps in flight"
+        return self.queue[-1]
+
+    def collect(self, step):
+        assert self.queue.popleft() is step, "steps are collected in order"
+        for share in step.sequences:
+            if share.token_ids[-1] == PENDING:
+                share.token_ids[-1] = self.drawn[share.seq_id]
+        result = self.run(step)
+        sampling = [share.seq_id for share in step.sequences if share.samples]
+        if len(sampling) == len(result.tokens):
+            self.drawn = dict(zip(sampling, result.tokens, strict=True))
+        return result
+
     def execute(self, plan):
+        return self.collect(self.submit(plan))
+
+    def run(self, plan):
         self.steps += 1
         self.swap(plan)
         drawn = []
@@ -84,21 +117,66 @@ class FakeRunner:
         return block * self.block_size + position % self.block_size
 
 
+class RowMirror:
+    """Rows as a device keeps them: told only what changes, and compared with what is true."""
+
+    def __init__(self):
+        self.shares = {}
+
+    def follow(self, plan):
+        rows = plan.rows
+        if rows.count == len(rows.joined):
+            self.shares.clear()
+        else:
+            for seq_id in rows.left:
+                del self.shares[seq_id]
+        for seq_id, share in self.shares.items():
+            self.shares[seq_id] = msgspec.structs.replace(
+                share, start=share.start + 1, num_generated=share.num_generated + 1
+            )
+        for seq_id, block in rows.grown:
+            self.shares[seq_id].block_table.append(block)
+        for share in rows.joined:
+            assert share.seq_id not in self.shares
+            table = list(share.block_table)
+            self.shares[share.seq_id] = msgspec.structs.replace(share, block_table=table)
+        assert len(self.shares) == rows.count
+        assert rows.context == sum(share.start for share in self.shares.values())
+        for share in plan.sequences[: rows.count]:
+            table = self.shares[share.seq_id].block_table
+            # What lies behind a window is given up without a word.
+            table[:] = [
+                -1 if true == -1 else told
+                for told, true in itertools.zip_longest(table, share.block_table)
+            ]
+        true = [self.known(share) for share in plan.sequences[: rows.count]]
+        assert [self.known(share) for share in self.shares.values()] == true
+        chunks = {share.seq_id for share in plan.chunks}
+        assert not chunks & set(self.shares), "a row has a chunk too"
+
+    @staticmethod
+    def known(share):
+        assert len(share.token_ids) == 1
+        assert share.samples
+        assert share.writes
+        return share.seq_id, share.start, share.block_table, share.num_generated, share.params
+
+
 class SlowRunner(FakeRunner):
     """A step takes 20 ms."""
 
-    def execute(self, plan):
+    def run(self, plan):
         time.sleep(0.02)
-        return super().execute(plan)
+        return super().run(plan)
 
 
 class BrokenRunner(FakeRunner):
     """Dies at its tenth step."""
 
-    def execute(self, plan):
+    def run(self, plan):
         if self.steps == 9:
             raise RuntimeError("device fell off the bus")
-        return super().execute(plan)
+        return super().run(plan)
 
 
 def refusing(message_class="ModelError"):
@@ -117,8 +195,9 @@ retryable_failure = refusing("OctavoError")
 class LeakyRunner(FakeRunner):
     """Reaches into the plan and gives a block away, as a bug in the core would."""
 
-    def execute(self, plan):
-        drawn = super().execute(plan)
-        if self.steps == 5:
+    def submit(self, plan):
+        step = super().submit(plan)
+        if self.steps == 4:
             plan.sequences[0].block_table.append(30)
-        return drawn
+            self.rows.follow = lambda plan: None  # which would see it at once
+        return step

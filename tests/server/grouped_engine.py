@@ -6,50 +6,67 @@ fails where something else lies there.
 """
 
 import itertools
+from collections import deque
 
-from fake_runner import next_token
+import msgspec
+from fake_runner import RowMirror, next_token
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits
 from octavo.core.scheduler import Scheduler
+from octavo.core.step import StepPlan
 from octavo.core.swap import SwapSpace
 from octavo.params import SamplingParams
 
 VOCAB = 11
-EMPTY = "nothing"
+EMPTY, VOID = "nothing", "void"
 TEXT = [(7 * i + i // 5) % VOCAB for i in range(400)]
 
 
 class GroupedRunner:
-    """Slots hold digests; drawing checks all that the step's queries see."""
+    """Slots hold digests; drawing checks all that the step's queries see.
+
+    Steps are taken when they are submitted and run when they are collected, in order.
+    """
 
     def __init__(self, kv, num_blocks, num_host_blocks=0):
         self.kv = kv
         self.slots = [EMPTY] * ((num_blocks + 1) * kv.block_size)
         self.host = [EMPTY] * ((num_host_blocks + 1) * kv.block_size)
+        self.rows = RowMirror()
 
-    def execute(self, plan):
+    def submit(self, plan):
+        self.rows.follow(plan)
+        replace = msgspec.structs.replace
+        shares = [replace(s, block_table=list(s.block_table)) for s in plan.sequences]
+        return StepPlan(tuple(shares), plan.copies, swap_out=plan.swap_out, swap_in=plan.swap_in)
+
+    def collect(self, step):
+        """Tokens drawn by the step, which must be the first of those not yet collected."""
+        for source, target in step.swap_out:
+            self.copy(self.slots, source, self.host, target)
+        for source, target in step.swap_in:
+            self.copy(self.host, source, self.slots, target)
+        for source, target in step.copies:
+            self.copy(self.slots, source, self.slots, target)
+        for share in step.sequences:
+            self.write(share)
+        return [self.draw(share) for share in step.sequences if self.check(share)]
+
+    def copy(self, source, from_block, target, to_block):
         size = self.kv.block_size
-        for source, target in plan.swap_out:
-            self.host[target * size : (target + 1) * size] = self.slots[
-                source * size : (source + 1) * size
-            ]
-        for source, target in plan.swap_in:
-            self.slots[target * size : (target + 1) * size] = self.host[
-                source * size : (source + 1) * size
-            ]
-        for source, target in plan.copies:
-            self.slots[target * size : (target + 1) * size] = self.slots[
-                source * size : (source + 1) * size
-            ]
-        for share in plan.sequences:
-            if share.writes:
-                digests = digests_of(share.tokens)
-                for group in range(self.kv.count):
-                    for position in range(share.start, share.start + len(share.token_ids)):
-                        self.slots[self.slot(share, group, position)] = digests[position]
-        return [self.draw(share) for share in plan.sequences if self.check(share)]
+        block = source[from_block * size : (from_block + 1) * size]
+        target[to_block * size : (to_block + 1) * size] = block
+
+    def write(self, share):
+        """What a step makes of a token that was not drawn, for its sequence is over, is void."""
+        end = share.start + len(share.token_ids)
+        digests = digests_of(share.tokens[:end])
+        digests += [VOID] * (end - len(digests))
+        for group in range(self.kv.count if share.writes else 0):
+            for position in range(share.start, end):
+                self.slots[self.slot(share, group, position)] = digests[position]
 
     def slot(self, share, group, position):
         block = share.block_table[position // self.kv.block_size * self.kv.count + group]
@@ -58,8 +75,10 @@ class GroupedRunner:
 
     def check(self, share):
         end = share.start + len(share.token_ids)
+        digests = digests_of(share.tokens[:end])
         assert len(share.block_table) == self.kv.rows(end) * self.kv.count
-        digests = digests_of(share.tokens)
+        if len(digests) < end:
+            return share.samples
         for group, window in enumerate(self.kv.windows):
             first = 0 if window is None else max(0, share.start + 1 - window)
             for position in range(first, end):
@@ -81,7 +100,7 @@ class Engine:
     """
 
     def __init__(self, windows, *, blocks=64, block_size=4, budget=64, seqs=8, context=128,
-                 caching=True, eos=(), policy="fcfs", host_blocks=0,
+                 caching=True, eos=(), policy="fcfs", host_blocks=0, depth=1,
                  recompute=lambda tokens: 1e9):  # fmt: skip
         limits = Limits(
             block_size=block_size,
@@ -101,25 +120,42 @@ class Engine:
         self.scheduler.output_lengths.observe = lambda _: None
         self.kv = limits.kv
         self.runner = GroupedRunner(limits.kv, blocks, host_blocks)
+        self.depth, self.in_flight = depth, deque()
         self.outputs, self.cached, self.computed = {}, {}, 0
 
     def add(self, name, prompt, max_tokens=4, n=1, **asked):
         params = SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True, **asked)
         self.scheduler.add(name, list(prompt), params)
 
-    def step(self):
-        plan = self.scheduler.plan()
-        self.computed += plan.num_tokens
-        for update in self.scheduler.commit(plan, self.runner.execute(plan)):
+    def step(self, logprobs=lambda step: {}):
+        """Plan as far ahead as may be, then take in the first of the steps in flight."""
+        newest = StepPlan()
+        while len(self.in_flight) < self.depth and self.scheduler.may_plan:
+            plan = self.scheduler.plan()
+            if not plan.num_sequences:
+                assert not plan.swap_in
+                break
+            newest = plan
+            self.computed += plan.num_tokens
+            self.in_flight.append((plan, self.runner.submit(plan)))
+        if not self.in_flight:
+            assert not self.scheduler.has_work, "work, and nobody moved"
+            return newest
+        plan, step = self.in_flight.popleft()
+        drawn = self.runner.collect(step)
+        for update in self.scheduler.commit(plan, drawn, logprobs(step)):
             assert update.error is None
             self.outputs.setdefault((update.request_id, update.index), []).extend(update.token_ids)
             self.cached[update.request_id] = update.cached_tokens
         self.scheduler.check_integrity()
-        return plan
+        return newest
 
     def finish(self):
         while self.scheduler.has_work:
-            assert self.step().sequences, "work, and nobody moved"
+            self.step()
+        while self.in_flight:
+            plan, step = self.in_flight.popleft()
+            assert self.scheduler.commit(plan, self.runner.collect(step)) == []
         assert self.scheduler.pool.counts.active == 0
         return self.outputs
 

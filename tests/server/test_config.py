@@ -30,7 +30,7 @@ def test_every_flag_reaches_its_field():
         "--max-model-len 128 --max-num-seqs 4 --max-num-batched-tokens 32 --seed 7 "
         "--scheduling-policy priority --drain-timeout 3 --startup-stall-timeout 5 --max-queue 9 "
         "--chat-template x.jinja --source path --num-threads 3 --no-enable-prefix-caching "
-        "--target-itl-ms 40"
+        "--target-itl-ms 40 --pipeline-depth 2"
     )
     config = parse_serve_args(flags.split())
     assert config.engine == EngineConfig(
@@ -47,6 +47,7 @@ def test_every_flag_reaches_its_field():
         scheduling_policy="priority",
         enable_prefix_caching=False,
         target_itl_ms=40,
+        pipeline_depth=2,
         seed=7,
         num_threads=3,
     )

@@ -244,15 +244,15 @@ def test_without_a_tokenizer_ids_go_in_and_out():
 
 def test_a_failing_runner_ends_the_call_and_frees_the_blocks(monkeypatch):
     loop = llm()._loop
-    real, calls = loop._runner.execute, []
+    real, calls = loop._runner.submit, []
 
-    def execute(plan):
+    def submit(plan):
         calls.append(plan)
         if len(calls) == 3:
             raise RunnerError("the device is gone")
         return real(plan)
 
-    monkeypatch.setattr(loop._runner, "execute", execute)
+    monkeypatch.setattr(loop._runner, "submit", submit)
     with pytest.raises(RunnerError, match="the device is gone"):
         run([expected(q)[0] for q in QUESTIONS])
     assert not loop.has_work

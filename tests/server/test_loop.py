@@ -25,9 +25,9 @@ class Time:
 
 def timed(runner_type, time, seconds):
     class Timed(runner_type):
-        def execute(self, plan):
+        def run(self, plan):
             time.now += seconds
-            return super().execute(plan)
+            return super().run(plan)
 
     return Timed
 
@@ -122,7 +122,7 @@ def test_an_exception_of_the_runner_passes_through():
 
 def test_a_runner_that_draws_too_few_tokens_is_a_bug_that_is_named():
     class Short(FakeRunner):
-        def execute(self, plan):
+        def run(self, plan):
             return StepResult([])
 
     loop = make(Short)
@@ -190,11 +190,11 @@ def longest_gap(target_itl_s):
     taken = []
 
     class Linear(FakeRunner):
-        def execute(self, plan):
+        def run(self, plan):
             seconds = 0.010 + 0.001 * plan.num_tokens
             time.now += seconds
             taken.append(seconds)
-            return super().execute(plan)
+            return super().run(plan)
 
     loop = make(Linear, time=time, blocks=400, seconds=0, budget=200, context=512)
     loop._target_itl_s = target_itl_s

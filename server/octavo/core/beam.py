@@ -121,4 +121,5 @@ def rebuild(branches: Items[Sequence], steps: Items[Step], pool: BlockPool) -> N
             step.parent
         ]
         branch.tokens = [*tokens, step.token_id]
+        branch.length = len(branch.tokens)
         branch.block_table = list(table)

@@ -83,9 +83,7 @@ def _mix(mean: float, value: float) -> float:
 
 def prefill_tokens(plan: StepPlan) -> int:
     """Tokens of the step that are not a decoding sequence's newest: prompts and replays."""
-    return sum(
-        len(s.token_ids) for s in plan.sequences if len(s.token_ids) > 1 or not s.num_generated
-    )
+    return sum(len(s.token_ids) for s in plan.chunks if len(s.token_ids) > 1 or not s.num_generated)
 
 
 def demand_blocks(
@@ -103,7 +101,7 @@ def demand_blocks(
     counted once.
     """
     demand = {}
-    sizes = [(len(s.tokens), expected_growth(s, mean_output), _blocks_held(s, kv)) for s in running]
+    sizes = [(s.length, expected_growth(s, mean_output), _blocks_held(s, kv)) for s in running]
     for name, seconds in HORIZONS.items():
         pace = int(tokens_per_s * seconds)
         need = active_blocks + sum(

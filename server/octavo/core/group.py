@@ -45,7 +45,7 @@ class Group:
     def num_tokens(self) -> int:
         """Tokens known of all branches, the prompt counted once."""
         prompt = self.lead.num_prompt_tokens
-        return prompt + sum(len(branch.tokens) - prompt for branch in self.branches)
+        return prompt + sum(branch.length - prompt for branch in self.branches)
 
     @property
     def num_computed(self) -> int:
@@ -69,7 +69,5 @@ class Group:
 
         `chunk` bounds the tokens that a step runs of the group.
         """
-        lengths = [
-            len(branch.tokens) + more for branch, more in zip(self.branches, growth, strict=True)
-        ]
+        lengths = [branch.length + more for branch, more in zip(self.branches, growth, strict=True)]
         return kv.blocks(lengths, self.lead.num_prompt_tokens, chunk)

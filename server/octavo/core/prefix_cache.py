@@ -113,12 +113,12 @@ class PrefixCache:
             self.counters.queries += len(sequence.tokens)
             self.counters.hits += sequence.computed
 
-    def publish(self, sequence: Sequence) -> None:
-        """Make the blocks that have become full since the last call findable."""
+    def publish(self, sequence: Sequence, end: int) -> None:
+        """Make the blocks of the first `end` tokens findable that have become full since."""
         if not self._enabled:
             return
         count = self._kv.count
-        for row in range(sequence.chained, sequence.computed // self._kv.block_size):
+        for row in range(sequence.chained, end // self._kv.block_size):
             before = sequence.link if row else _root(sequence.scope)
             packed = self._packed(sequence, row)
             for group in range(count):

@@ -6,6 +6,8 @@ Invariants, in reading order:
   last admitted, so at most the last one is between two chunks of its prompt, and every other gets
   a token for each branch in each step. One is admitted only when all that run left a token for each
   of its branches, so never more run than a step has tokens for.
+- A sequence that only decodes is a row of the calendar: it takes part in every step, and is looked
+  at only when it needs a block or draws its last token. All others are planned one by one.
 - A group takes blocks from those admitted after it, never from those before it, and first from the
   one that loses least by it. The last one has nobody to take from and waits, keeping its blocks. So
   the first always moves on, and whatever was accepted fits into the pool alone: there is no
@@ -14,80 +16,56 @@ Invariants, in reading order:
 - Tokens are recorded once. A preempted group runs its recorded tokens again, in chunks like a
   prompt, and draws on from where it was.
 - A block that more than one table holds is not written: its writer takes a copy.
+- One plan may be made while the step before it is in flight. Sequences stand where that step will
+  leave them, with the token it draws still unread. Nothing waits for the host to take blocks back:
+  the device runs steps in order. Where a plan depends on what the step draws, or on what it makes
+  findable, it is made after that step came back (`may_plan`).
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-import msgspec
-
-from octavo.core.beam import rebuild
 from octavo.core.block_pool import NO_BLOCK, BlockPool
+from octavo.core.calendar import row_share
 from octavo.core.forecast import OutputLengths, expected_growth
 from octavo.core.group import Group
 from octavo.core.kv_groups import shared_entries, slide
+from octavo.core.outcome import Counters, Flight, Outcome, SequenceUpdate, ends
 from octavo.core.policy import SchedulingPolicy
 from octavo.core.prefix_cache import NOTHING, Prefix, PrefixCache
 from octavo.core.request import Limits, Request, RequestError, make_group
+from octavo.core.roster import Roster
 from octavo.core.sequence import Sequence
-from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED, ScheduledSequence, StepPlan
+from octavo.core.step import PENDING, ScheduledSequence, StepPlan
 from octavo.core.swap import Pairs, SwapSpace
-from octavo.core.waiting import WaitingQueue, WaitingTotals
+from octavo.core.waiting import WaitingTotals
 from octavo.logprobs import TokenLogprobs
 from octavo.params import SamplingParams
 
-_NO_TOKEN_TEXTS = {
-    NO_TOKEN: "the model's output became NaN",
-    NOTHING_ALLOWED: "the request's parameters allow no token (allowed_token_ids, bad_words, "
-    "logit_bias or min_tokens together forbid all)",
-}
-
-
-class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):
-    """What a step brought one sequence. The update with a `finish_reason` is its last.
-
-    `index` is the sequence's branch of the request, or the rank of a hypothesis of a beam search,
-    which comes whole, with its `score`. `stop_token_id` is the EOS or stop id that ended it; it is
-    not among `token_ids`.
-    """
-
-    request_id: str
-    token_ids: list[int]
-    finish_reason: str | None = None
-    stop_token_id: int | None = None
-    error: str | None = None
-    seq_id: int = -1
-    cached_tokens: int = 0
-    index: int = 0
-    score: float | None = None
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the scheduler was made. `copies` are blocks copied before a write."""
-
-    steps: int = 0
-    preemptions: int = 0
-    copies: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
+MAX_IN_FLIGHT = 2
 
 
 @dataclass(slots=True)
 class _Draft:
-    """A step being planned, and the tokens that it may still take."""
+    """A step being planned, and the tokens that it may still take.
+
+    `grown` has the blocks that rows of the calendar get, by seq_id. The step runs `alone` when
+    nothing may be planned before it came back.
+    """
 
     budget: int
-    sequences: list[ScheduledSequence] = field(default_factory=list)
+    shares: list[ScheduledSequence] = field(default_factory=list)
+    chunks: list[tuple[Sequence, int]] = field(default_factory=list)
+    grown: dict[int, list[int]] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
     swap_out: Pairs = field(default_factory=list)
     swap_in: Pairs = field(default_factory=list)
+    alone: bool = False
 
 
 class Scheduler:
@@ -101,17 +79,17 @@ class Scheduler:
         swap: SwapSpace | None = None,
     ) -> None:
         self.max_len = min(limits.max_model_len, limits.longest(pool.num_blocks))
-        self.kv = limits.kv
         self.limits = limits
+        self.kv = limits.kv
         self.pool = pool
         self.swap = swap
-        self.counters = Counters()
-        self.output_lengths = OutputLengths()
         self.prefix_cache = PrefixCache(pool, self.kv, enabled=limits.enable_prefix_caching)
-        self._waiting = WaitingQueue(policy, self.kv)
-        self._running: dict[int, Group] = {}
-        self._branches: dict[int, Sequence] = {}
-        self._by_request: dict[str, Group] = {}
+        self._roster = Roster(pool, policy, self.kv, swap)
+        self._outcome = Outcome(self._roster, self.prefix_cache, self.kv)
+        self._flights: deque[Flight] = deque()
+        self._latest = StepPlan()
+        # Copies of a plan that had no sequences, and so was not run.
+        self._to_swap_out: Pairs = []
         self._next_id = 0
 
     # Requests in and out.
@@ -127,7 +105,7 @@ class Scheduler:
         now: float = 0.0,
     ) -> None:
         """Queue a request; raise `RequestError` or `ParameterError` when it cannot be served."""
-        if request_id in self._by_request:
+        if request_id in self._roster.by_request:
             raise RequestError(f"a request with id {request_id!r} is already here")
         request = Request(
             request_id=request_id,
@@ -139,35 +117,52 @@ class Scheduler:
         )
         group = make_group(request, self.limits, self.pool.num_blocks, self._next_id)
         self._next_id += group.width
-        self._by_request[request_id] = group
-        self._waiting.push(group)
+        self._roster.add(group)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one sample of it, and free the blocks; empty when there is no such."""
-        group = self._by_request.get(request_id)
+        self._latest.expire()
+        group = self._roster.by_request.get(request_id)
         if group is not None and group.beam is not None:
             lead = group.lead
-            self._end_search(group, error="")
-            return _ends(lead, "abort")
+            self._outcome.end_search(group, error="")
+            return ends(lead, "abort")
         ended = [] if group is None else [b for b in group.branches if index in (None, b.branch)]
         for branch in ended:
-            self._drop(branch)
+            self._roster.drop(branch)
         return [
             SequenceUpdate(request_id, [], "abort", seq_id=b.seq_id, index=b.branch) for b in ended
         ]
 
     # Plan.
 
+    @property
+    def may_plan(self) -> bool:
+        """True when a plan may be made now, with what is in flight."""
+        flights = self._flights
+        return not flights or (len(flights) < MAX_IN_FLIGHT and not flights[-1].alone)
+
     def plan(self, budget: int | None = None) -> StepPlan:
         """Choose the next step's tokens and give them blocks.
 
-        At most `budget` tokens where it is given, but always one for each running sequence.
+        At most `budget` tokens where it is given, but always one for each running sequence. A plan
+        without sequences is not to be run and not committed: all that could move is in flight, or
+        waits for what is.
         """
+        if not self.may_plan:
+            raise RuntimeError(f"commit first: {len(self._flights)} steps are in flight")
+        self._latest.expire()
+        roster = self._roster
         most = self.limits.max_num_batched_tokens
         draft = _Draft(most if budget is None else min(most, max(budget, self.num_running)))
+        roster.calendar.release_ended()
+        for group in tuple(roster.unsettled.values()):
+            self._settle(group)
+        self._grow_rows(draft)
+        draft.budget -= len(roster.calendar)
         complete = True
-        for group in tuple(self._running.values()):
-            if group.arrival not in self._running:
+        for group in tuple(roster.unsettled.values()):
+            if group.arrival not in roster.unsettled:
                 continue  # preempted for one before it
             complete = self._continue(group, draft)
             if not complete:
@@ -175,28 +170,86 @@ class Scheduler:
         # Where blocks ran out just now, nobody is let in: least of all those who lost theirs.
         if complete and not draft.preempted:
             self._admit(draft)
+        self._latest = self._finish_plan(draft)
+        return self._latest
+
+    def _finish_plan(self, draft: _Draft) -> StepPlan:
+        calendar = self._roster.calendar
         self.counters.copies += len(draft.copies)
-        return StepPlan(
-            tuple(draft.sequences),
+        shares = tuple(draft.shares)
+        self._to_swap_out += draft.swap_out
+        if not shares and not calendar:
+            return StepPlan(preempted=tuple(draft.preempted))
+        swap_out, self._to_swap_out = tuple(self._to_swap_out), []
+        sequences = calendar.rows
+        needs_host = calendar.needs_host
+        rows = calendar.tick(draft.grown)
+        plan = StepPlan(
+            shares,
             tuple(draft.copies),
             tuple(draft.preempted),
-            tuple(draft.swap_out),
-            tuple(draft.swap_in),
+            rows,
+            swap_out=swap_out,
+            swap_in=tuple(draft.swap_in),
+            # The tick has moved them one further than this step begins.
+            list_rows=lambda: [row_share(row, row.computed - 1) for row in sequences],
+            rows_need_host=needs_host,
         )
+        # Those that need a block for their next token fill one with this.
+        filled = [(row, row.computed) for row in calendar.growing]
+        alone = draft.alone or plan.needs_host
+        self._flights.append(Flight(plan, sequences, draft.chunks, filled, alone))
+        return plan
+
+    def _settle(self, group: Group) -> None:
+        """Make rows of the branches that only decode from now on."""
+        if group.beam is not None or any(not branch.block_table for branch in group.branches):
+            return  # branches without blocks are still to be given some of the lead's
+        roster = self._roster
+        settled = True
+        for branch in group.branches:
+            if branch.follows or not branch.remaining:
+                continue
+            writes = branch.computed >= branch.written
+            if branch.decoding and writes and not self._to_copy(branch):
+                roster.calendar.join(branch)
+            else:
+                settled = False
+        if settled:
+            del roster.unsettled[group.arrival]
+
+    def _grow_rows(self, draft: _Draft) -> None:
+        """Give blocks to the rows whose last one is full, in order of admission."""
+        roster = self._roster
+        growing: Iterable[Sequence] = roster.calendar.growing
+        if len(roster.calendar.growing) * self.kv.count > self.pool.num_free:
+            growing = roster.in_order(growing)
+        for branch in tuple(growing):
+            if not branch.follows:
+                continue  # preempted for one before it
+            group = roster.running[branch.arrival]
+            if self.kv.sliding:
+                slide(branch, branch.computed, self.kv, self.pool)
+            if self._make_room(group, self.kv.count, draft):
+                blocks = self.pool.allocate(self.kv.count)
+                branch.block_table += blocks
+                draft.grown[branch.seq_id] = blocks
+            else:
+                roster.unsettle(group, branch)
 
     def _admit(self, draft: _Draft) -> None:
-        while self._waiting:
-            group = self._waiting.peek()
-            places = self.limits.max_num_seqs - len(self._branches)
+        roster = self._roster
+        while roster.waiting:
+            group = roster.waiting.peek()
+            if any(branch.unread for branch in group.branches):
+                return  # it lost its blocks in this plan, and what it draws is in flight
+            places = self.limits.max_num_seqs - self.num_running
             if group.width > min(places, draft.budget):
                 return
             found = NOTHING if group.swapped else self._find(group)
             if self._admission_blocks(group, found) > self.pool.num_free:
                 return  # those behind it wait too: the order is the policy's, not the size's
-            self._waiting.pop()
-            self._running[group.arrival] = group
-            for branch in group.branches:
-                self._branches[branch.seq_id] = branch
+            roster.admit(group)
             if group.swapped and self.swap is not None:
                 draft.swap_in += self.swap.back(group, self.pool, self.prefix_cache)
             else:
@@ -226,12 +279,14 @@ class Scheduler:
 
     def _continue(self, group: Group, draft: _Draft) -> bool:
         """Schedule a running group; False when budget or blocks did not suffice for all of it."""
-        alone = len(group.branches) == 1
-        if not alone:
-            self._join_rebuilt(group)
+        single = len(group.branches) == 1
+        if not single:
+            self._join_rebuilt(group, draft)
         for branch in group.branches:
-            pending = len(branch.tokens) - branch.computed
-            if alone:
+            if branch.follows or not branch.remaining:
+                continue  # a row, or its last token is in flight
+            pending = branch.pending
+            if single:
                 count = min(pending, draft.budget)
             else:
                 if branch is not group.lead and not branch.block_table:
@@ -244,8 +299,7 @@ class Scheduler:
                 continue  # a branch of a beam search that waits for the others
             if count == 0 or not self._grow(group, branch, count, draft):
                 return False
-            draft.sequences.append(self._schedule(branch, count))
-            draft.budget -= count
+            self._schedule(branch, count, draft)
             if count < pending:
                 return False
         return True
@@ -262,16 +316,21 @@ class Scheduler:
             return branch.pending
         return min(draft.budget, branch.pending - 1)
 
-    def _join_rebuilt(self, group: Group) -> None:
+    def _join_rebuilt(self, group: Group, draft: _Draft) -> None:
         """Let preempted branches go on from the prompt's end, where the lead is there again.
 
         Before anything of the group is scheduled, so that whoever writes first sees the others.
+        Until all have joined, a plan follows only when the step before has come back: what the lead
+        filled is findable then, or will not be.
         """
         lead, prompt = group.lead, group.lead.num_prompt_tokens
-        if lead.num_generated and lead.computed >= prompt:
-            for branch in group.branches:
-                if not branch.block_table:
-                    self._join(branch, lead, prompt)
+        lost = [branch for branch in group.branches if not branch.block_table]
+        if not lead.num_generated or not lost:
+            return
+        draft.alone = True
+        if lead.computed >= prompt:
+            for branch in lost:
+                self._join(branch, lead, prompt)
 
     def _join(self, branch: Sequence, lead: Sequence, computed: int) -> None:
         """Share the lead's blocks of the prompt, which are written or will be in this step.
@@ -301,11 +360,8 @@ class Scheduler:
             return True
         if kv.sliding:
             slide(sequence, sequence.computed, kv, self.pool)
-        while self.pool.num_free < need:
-            victim = self._victim(group)
-            if victim is None:
-                return False
-            draft.preempted += self._preempt(victim, draft)
+        if not self._make_room(group, need, draft):
+            return False
         blocks = self.pool.allocate(need)
         # A new list where others may have been given the old one.
         table = sequence.block_table + blocks[len(copied) :]
@@ -316,24 +372,18 @@ class Scheduler:
         sequence.block_table = table
         return True
 
-    def _victim(self, group: Group) -> Group | None:
-        """Of the groups admitted after this one, that whose blocks cost least to compute again.
-
-        The last admitted among equals; None when this is the last.
-        """
-        later: list[Group] = []
-        for other in reversed(self._running.values()):
-            if other is group:
-                break
-            later.append(other)
-        return min(later, key=self._cost_of_a_block, default=None)
-
-    def _cost_of_a_block(self, group: Group) -> float:
-        """Tokens to be computed again for each block that its preemption would free."""
-        held = Counter(block for branch in group.branches for block in branch.block_table)
-        held.pop(NO_BLOCK, None)
-        freed = sum(1 for block, n in held.items() if self.pool.references(block) == n)
-        return group.num_computed / freed if freed else math.inf
+    def _make_room(self, group: Group, need: int, draft: _Draft) -> bool:
+        """Preempt groups admitted after this one until so many blocks are free, if they suffice."""
+        while self.pool.num_free < need:
+            victim = self._roster.victim(group)
+            if victim is None:
+                return False
+            draft.swap_out += self._roster.swap_out(victim)
+            for seq_id in self._roster.preempt(victim):
+                draft.grown.pop(seq_id, None)
+                draft.preempted.append(seq_id)
+            self.counters.preemptions += 1
+        return True
 
     def _to_copy(self, sequence: Sequence) -> list[int]:
         """Entries of its table that its next token is written to and that others hold too."""
@@ -341,40 +391,32 @@ class Scheduler:
             return []
         return shared_entries(sequence, self.kv, self.pool)
 
-    def _schedule(self, sequence: Sequence, count: int) -> ScheduledSequence:
-        start = sequence.computed
-        return ScheduledSequence(
-            seq_id=sequence.seq_id,
-            token_ids=sequence.tokens[start : start + count],
-            start=start,
-            block_table=sequence.block_table,
-            samples=start + count == len(sequence.tokens),
-            params=sequence.params,
-            num_generated=sequence.num_generated,
-            tokens=sequence.tokens,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            branch=sequence.branch,
-            writes=start >= sequence.written,
+    def _schedule(self, sequence: Sequence, count: int, draft: _Draft) -> None:
+        """Put the next `count` tokens of a sequence into the step; it then stands behind them."""
+        start, tokens = sequence.computed, sequence.tokens
+        end = start + count
+        samples = end == sequence.length
+        draft.budget -= count
+        draft.chunks.append((sequence, end))
+        draft.shares.append(
+            ScheduledSequence(
+                seq_id=sequence.seq_id,
+                token_ids=tokens[start:end] + [PENDING] * (end - max(start, len(tokens))),
+                start=start,
+                block_table=sequence.block_table,
+                samples=samples,
+                params=sequence.params,
+                num_generated=sequence.num_generated,
+                tokens=tokens,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                branch=sequence.branch,
+                writes=start >= sequence.written,
+            )
         )
-
-    def _preempt(self, group: Group, draft: _Draft) -> list[int]:
-        """Take the group's blocks; it returns to its place in the queue.
-
-        Later it replays, or its blocks come back from host memory.
-        """
-        if self.swap is not None and self.swap.pays(group):
-            draft.swap_out += self.swap.out(group, self.pool)
-        del self._running[group.arrival]
-        if group.beam is not None:
-            group.beam.candidates = {}
-        for branch in group.branches:
-            del self._branches[branch.seq_id]
-            if not branch.swapped:
-                self._free_blocks(branch)
-            branch.preemptions += 1
-        self.counters.preemptions += 1
-        self._waiting.push(group)
-        return [branch.seq_id for branch in group.branches]
+        sequence.computed = end
+        # What a branch of a search becomes is not known before all of them have drawn.
+        if samples and not sequence.params.use_beam_search:
+            sequence.length += 1
 
     # Commit.
 
@@ -384,185 +426,72 @@ class Scheduler:
         sampled: list[int],
         logprobs: Mapping[int, TokenLogprobs] = MappingProxyType({}),
     ) -> list[SequenceUpdate]:
-        """Record a step that ran. `sampled` has one token for each sequence that samples, in order.
+        """Record the step that was planned first of those in flight.
 
-        `logprobs` are by sequence id; only beam searches read them. A sequence aborted since the
-        plan was made is passed over.
+        `sampled` has one token for each sequence that samples, in order. `logprobs` are by sequence
+        id; only beam searches read them. A sequence that ended since the plan was made, by an abort
+        or by the step before, is passed over.
         """
-        self.counters.steps += 1
-        updates: list[SequenceUpdate] = []
-        drawn = iter(sampled)
-        for share in plan.sequences:
-            token = next(drawn) if share.samples else None
-            sequence = self._branches.get(share.seq_id)
-            if sequence is None:
-                continue
-            sequence.computed = share.start + len(share.token_ids)
-            if token != NO_TOKEN:
-                self.prefix_cache.publish(sequence)
-            if self.kv.sliding and len(share.token_ids) > 1:
-                # Branches that are rebuilt will join at the prompt's end and need what it sees.
-                done = min(sequence.computed, sequence.num_prompt_tokens)
-                slide(sequence, done, self.kv, self.pool)
-            if token is None:
-                continue
-            if sequence.params.use_beam_search:
-                updates += self._search(sequence, token, logprobs)
-            else:
-                updates.append(self._draw(sequence, token))
-        return updates
+        self._latest.expire()
+        if not self._flights or self._flights[0].plan is not plan:
+            raise RuntimeError("steps are committed once each, in the order of their plans")
+        return self._outcome.take(self._flights.popleft(), sampled, logprobs)
 
-    def _search(
-        self, sequence: Sequence, token: int, logprobs: Mapping[int, TokenLogprobs]
-    ) -> list[SequenceUpdate]:
-        """Take in a branch's candidates; with the last of them the whole group takes a step."""
-        group = self._by_request[sequence.request_id]
-        beam, branches = group.beam, group.branches
-        if token in _NO_TOKEN_TEXTS:
-            return self._end_search(group, error=self._no_token(sequence, token))
-        if beam is None:
-            raise RequestError("a beam search without its state")
-        beam.candidates[sequence.branch] = logprobs[sequence.seq_id]
-        if not beam.complete:
-            return []
-        if not group.lead.num_generated:
-            self.counters.prompt_tokens += group.lead.num_prompt_tokens
-        self.counters.generation_tokens += len(branches)
-        steps = beam.advance([branch.generated for branch in branches])
-        if not steps:
-            return self._end_search(group)
-        rebuild(branches, steps, self.pool)
-        return []
-
-    def _end_search(self, group: Group, error: str | None = None) -> list[SequenceUpdate]:
-        lead, beam = group.lead, group.beam
-        for branch in tuple(group.branches):
-            self._drop(branch)
-        if error is not None or beam is None:
-            return _ends(lead, "error", error)
-        best = beam.finished[: lead.params.n]
-        for found in best:
-            self.output_lengths.observe(len(found.token_ids))
-        return [
-            SequenceUpdate(
-                request_id=lead.request_id,
-                token_ids=found.token_ids,
-                finish_reason="length" if found.stop_token_id is None else "stop",
-                stop_token_id=found.stop_token_id,
-                seq_id=lead.seq_id + rank,
-                cached_tokens=lead.cached_tokens,
-                index=rank,
-                score=found.score,
-            )
-            for rank, found in enumerate(best)
-        ]
-
-    def _draw(self, sequence: Sequence, token: int) -> SequenceUpdate:
-        """Take in a drawn token: record it, and end the sequence if it is the last."""
-        generated = sequence.num_generated
-        token_ids: list[int] = []
-        reason = stop_token_id = error = None
-        if token in _NO_TOKEN_TEXTS:
-            reason, error = "error", self._no_token(sequence, token)
-            self._drop(sequence)
-        else:
-            self.counters.generation_tokens += 1
-            if generated == 0 and sequence.branch == 0:
-                self.counters.prompt_tokens += sequence.num_prompt_tokens
-            if token in sequence.stop_ids and generated >= sequence.params.min_tokens:
-                reason, stop_token_id = "stop", token
-            else:
-                token_ids.append(token)
-                sequence.tokens.append(token)
-                if generated + 1 >= sequence.max_new_tokens:
-                    reason = "length"
-            if reason is not None:
-                self._finish(sequence)
-        return SequenceUpdate(
-            request_id=sequence.request_id,
-            token_ids=token_ids,
-            finish_reason=reason,
-            stop_token_id=stop_token_id,
-            error=error,
-            seq_id=sequence.seq_id,
-            cached_tokens=sequence.cached_tokens,
-            index=sequence.branch,
-        )
-
-    def _no_token(self, sequence: Sequence, token: int) -> str:
-        """Why there is no token."""
-        if token == NO_TOKEN:
-            # NaN may stand in any of its blocks: nobody else may find them.
-            self.prefix_cache.forget(sequence)
-        return f"{_NO_TOKEN_TEXTS[token]} after {len(sequence.tokens)} tokens"
-
-    def _finish(self, sequence: Sequence) -> None:
-        self.output_lengths.observe(sequence.num_generated)
-        self._drop(sequence)
-
-    def _drop(self, sequence: Sequence) -> None:
-        """Take a branch out, and the group with its last one."""
-        group = self._by_request[sequence.request_id]
-        waiting = group.arrival in self._waiting
-        if waiting:
-            self._waiting.remove(group)
-        group.branches.remove(sequence)
-        self._branches.pop(sequence.seq_id, None)
-        if not group.branches:
-            self._running.pop(group.arrival, None)
-            del self._by_request[sequence.request_id]
-        elif waiting:
-            self._waiting.push(group)
-        self._free_blocks(sequence)
-
-    def _free_blocks(self, sequence: Sequence) -> None:
-        if sequence.swapped and self.swap is not None:
-            self.swap.drop(sequence)
-        self.pool.release(sequence.block_table)
-        # A new list: a plan may still hold the old one.
-        sequence.block_table = []
-        sequence.computed = sequence.written = sequence.chained = 0
+    def abandon(self) -> None:
+        """Forget what is in flight; every request must be ended then, as its tokens are lost."""
+        self._flights.clear()
 
     # What others may look at.
 
     @property
+    def counters(self) -> Counters:
+        """Totals since the scheduler was made."""
+        return self._outcome.counters
+
+    @property
+    def output_lengths(self) -> OutputLengths:
+        """How long outputs have been."""
+        return self._outcome.output_lengths
+
+    @property
     def has_work(self) -> bool:
         """True while any request is unfinished."""
-        return bool(self._by_request)
+        return bool(self._roster.by_request)
 
     @property
     def running(self) -> Iterable[Sequence]:
         """The running sequences, in order of admission."""
-        return self._branches.values()
+        return self._roster.branches.values()
 
     @property
     def num_running(self) -> int:
         """Sequences that hold a place in the batch."""
-        return len(self._branches)
+        return len(self._roster.branches)
+
+    @property
+    def decoding(self) -> bool:
+        """True while anybody would notice a long step."""
+        return self._roster.decoding
+
+    @property
+    def context(self) -> int:
+        """Cached tokens of all that run."""
+        return self._roster.context
+
+    def knows(self, seq_id: int) -> bool:
+        """True while the sequence is unfinished."""
+        return seq_id in self._roster.by_id
 
     @property
     def waiting_totals(self) -> WaitingTotals:
         """Sums over the waiting queue."""
-        return self._waiting.totals
+        return self._roster.waiting.totals
 
     @property
     def request_ids(self) -> tuple[str, ...]:
         """Every unfinished request."""
-        return tuple(self._by_request)
+        return tuple(self._roster.by_request)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every block is accounted for; O(blocks)."""
-        groups = self._by_request.values()
-        self.pool.check_integrity(b.block_table for group in groups for b in group.branches)
-        if self.swap is not None:
-            self.swap.pool.check_integrity(b.swapped for group in groups for b in group.branches)
-
-
-def _ends(lead: Sequence, reason: str, error: str | None = None) -> list[SequenceUpdate]:
-    """The ends of all outputs of a beam search that gives none."""
-    return [
-        SequenceUpdate(
-            lead.request_id, [], reason, error=error, seq_id=lead.seq_id + rank, index=rank
-        )
-        for rank in range(lead.params.num_outputs)
-    ]
+        self._roster.check_integrity()

@@ -8,12 +8,27 @@ from octavo.params import SamplingParams
 
 
 @dataclass(slots=True, eq=False)
+class Clock:
+    """Ticks once for each step; whoever follows it is a token further with each tick."""
+
+    ticks: int = 0
+
+
+# Of those whose steps are planned one by one.
+_STOPPED = Clock()
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """The tokens known so far and how many of them have keys and values in the cache.
 
-    `tokens` is the prompt followed by what was drawn. Tokens are only ever appended, so a preempted
-    sequence replays what it recorded and never draws a token twice. `computed` counts the leading
-    tokens whose keys and values are in `block_table`; it returns to 0 when the blocks are taken.
+    `tokens` is the prompt followed by what was drawn and read. Tokens are only ever appended, so a
+    preempted sequence replays what it recorded and never draws a token twice. `length` also counts
+    those that a step in flight draws. `computed` counts the leading tokens whose keys and values
+    are in `block_table` once all planned steps have run; it returns to 0 when the blocks are taken.
+    Both count planned steps, not finished ones, and move by themselves while the sequence follows
+    the clock of a calendar.
+
     `arrival` is the order of adding; it survives preemption. `max_new_tokens` is resolved: the
     request's `max_tokens`, bounded by the context.
 
@@ -37,7 +52,6 @@ class Sequence:
     arrival_time: float = 0.0
     priority: int = 0
     stop_ids: frozenset[int] = frozenset()
-    computed: int = 0
     block_table: list[int] = field(default_factory=list)
     preemptions: int = 0
     branch: int = 0
@@ -47,21 +61,61 @@ class Sequence:
     link: bytes = b""
     swapped: list[int] = field(default_factory=list)
     cached_tokens: int = 0
+    _clock: Clock = field(default=_STOPPED, init=False, repr=False)
+    _computed: int = field(default=0, init=False, repr=False)
+    _length: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._length = len(self.tokens)
+
+    @property
+    def computed(self) -> int:
+        """Tokens in the cache once all planned steps have run."""
+        return self._computed + self._clock.ticks
+
+    @computed.setter
+    def computed(self, value: int) -> None:
+        self._computed = value - self._clock.ticks
+
+    @property
+    def length(self) -> int:
+        """Tokens, those in flight among them."""
+        return self._length + self._clock.ticks
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self._length = value - self._clock.ticks
+
+    def follow(self, clock: Clock | None) -> None:
+        """From now on be a token further with each tick of `clock`; None: stand still."""
+        computed, length = self.computed, self.length
+        self._clock = clock or _STOPPED
+        self.computed, self.length = computed, length
+
+    @property
+    def follows(self) -> bool:
+        """True while a clock moves it."""
+        return self._clock is not _STOPPED
+
+    @property
+    def unread(self) -> int:
+        """Tokens that a step in flight draws."""
+        return self.length - len(self.tokens)
 
     @property
     def num_generated(self) -> int:
-        """Tokens drawn so far."""
-        return len(self.tokens) - self.num_prompt_tokens
+        """Tokens drawn so far, those in flight among them."""
+        return self.length - self.num_prompt_tokens
 
     @property
     def generated(self) -> list[int]:
-        """The drawn tokens, a copy."""
+        """The drawn tokens that were read, a copy."""
         return self.tokens[self.num_prompt_tokens :]
 
     @property
     def pending(self) -> int:
         """Tokens that must still run through the model before the next can be drawn."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
 
     @property
     def decoding(self) -> bool:

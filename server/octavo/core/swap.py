@@ -62,7 +62,7 @@ class SwapSpace:
             branch.block_table = []
             # Who waited for the others of a search draws its candidates again, writing nothing.
             branch.written = max(branch.written, branch.computed)
-            branch.computed = min(branch.computed, len(branch.tokens) - 1)
+            branch.computed = min(branch.computed, branch.length - 1)
         self.pool.release(list(host.values()))
         self.blocks_out += len(host)
         return list(host.items())

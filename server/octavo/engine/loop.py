@@ -1,16 +1,19 @@
-"""The engine's loop: plan, run, commit; one step at a time, whoever drives it."""
+"""The engine's loop: plan, run, commit; one or two steps in flight, whoever drives it."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from octavo import wire
 from octavo.core import forecast
+from octavo.core.outcome import SequenceUpdate
 from octavo.core.request import RequestError
-from octavo.core.scheduler import Scheduler, SequenceUpdate
+from octavo.core.scheduler import MAX_IN_FLIGHT, Scheduler
 from octavo.core.step import StepPlan, StepResult
 from octavo.core.step_time import StepTimeModel
 from octavo.logprobs import TokenLogprobs
@@ -21,10 +24,14 @@ MIN_CHUNK = 16
 
 
 class StepRunner(Protocol):
-    """Runs plans on a device."""
+    """Runs plans on a device, in the order in which they are submitted."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run the plan; draw a token for each sequence with `samples`."""
+    def submit(self, plan: StepPlan) -> Any:
+        """Start the plan, which draws a token for each sequence with `samples`; return the step."""
+        ...
+
+    def collect(self, step: Any) -> StepResult:
+        """Wait for the end of the step that was submitted first of those in flight."""
         ...
 
 
@@ -40,11 +47,24 @@ class Clock:
     wall: Callable[[], float] = time.time
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step that was submitted."""
+
+    plan: StepPlan
+    step: Any
+    begin: float
+
+
 class EngineLoop:
     """Joins a scheduler and a runner.
 
+    With a `depth` of two a step is planned and submitted before the tokens of the one before it are
+    read, so that the device never waits for the host; requests get the same tokens with both.
+
     A request that cannot be served ends alone, with an error as its only output. An exception of
-    the runner passes through: the cache's content is then unknown, and so the engine is over.
+    the runner passes through: the cache's content is then unknown, and so the engine is over. Who
+    was interrupted and wants to go on ends every request first.
     """
 
     def __init__(
@@ -54,9 +74,15 @@ class EngineLoop:
         clock: Clock | None = None,
         *,
         target_itl_s: float | None = None,
+        depth: int = 1,
     ) -> None:
+        if not 1 <= depth <= MAX_IN_FLIGHT:
+            raise ValueError(f"the loop's depth must be in 1..{MAX_IN_FLIGHT}, got {depth}")
         self.scheduler = scheduler
+        self.depth = depth
         self._runner = runner
+        self._in_flight: deque[_InFlight] = deque()
+        self._last_end = 0.0
         self._clock = clock or Clock()
         self._rates = forecast.StepRates()
         self._step_time = StepTimeModel()
@@ -71,7 +97,7 @@ class EngineLoop:
     @property
     def has_work(self) -> bool:
         """True while a step would do something."""
-        return self.scheduler.has_work or bool(self._outbox)
+        return self.scheduler.has_work or bool(self._in_flight) or bool(self._outbox)
 
     def add(self, request: wire.AddRequest) -> None:
         """Queue a request, or give it its error."""
@@ -105,27 +131,58 @@ class EngineLoop:
             self.abort(request_id)
 
     def step(self) -> list[wire.TokenOutput]:
-        """Run one step if there is work; return everything that requests got since the last."""
+        """Submit what may be, and wait for one step; return what requests got since the last."""
         outputs, self._outbox = self._outbox, []
-        if self.scheduler.has_work:
-            outputs += self._run()
-            self._last_activity = self._clock.wall()
+        try:
+            while len(self._in_flight) < self.depth and self._submit():
+                pass
+            if self._in_flight:
+                outputs += self._collect()
+                self._last_activity = self._clock.wall()
+        except BaseException:
+            self._abandon()
+            raise
         return outputs
 
-    def _run(self) -> list[wire.TokenOutput]:
-        plan = self.scheduler.plan(self._budget())
+    def _abandon(self) -> None:
+        """Let what is in flight end, and forget it."""
+        for flying in self._in_flight:
+            with contextlib.suppress(Exception):
+                self._runner.collect(flying.step)
+        self._in_flight.clear()
+        self.scheduler.abandon()
+
+    def _submit(self) -> bool:
+        """Start a step; False when there is nothing to do before what is in flight comes back."""
+        scheduler = self.scheduler
+        if not scheduler.has_work or not scheduler.may_plan:
+            return False
+        plan = scheduler.plan(self._budget())
+        if not plan.num_sequences:
+            return False
         begin = self._clock.monotonic()
-        result = self._runner.execute(plan)
-        seconds = self._clock.monotonic() - begin
-        expected = sum(share.samples for share in plan.sequences)
-        if len(result.tokens) != expected:
-            raise RunnerError(f"the step drew {len(result.tokens)} tokens for {expected} sequences")
-        context = sum(share.start for share in plan.sequences)
-        self._step_time.observe(plan.num_tokens, context, seconds)
+        self._in_flight.append(_InFlight(plan, self._runner.submit(plan), begin))
+        return True
+
+    def _collect(self) -> list[wire.TokenOutput]:
+        done = self._in_flight[0]
+        plan, result = done.plan, self._runner.collect(done.step)
+        self._in_flight.popleft()
+        now = self._clock.monotonic()
+        # The device began with it when it was submitted, or when the one before had ended.
+        seconds = now - max(done.begin, self._last_end)
+        self._last_end = now
+        if len(result.tokens) != plan.num_samples:
+            raise RunnerError(
+                f"the step drew {len(result.tokens)} tokens for {plan.num_samples} sequences"
+            )
+        self._step_time.observe(plan.num_tokens, plan.context, seconds)
         self._rates.observe(plan, self.scheduler.limits.max_num_batched_tokens, seconds)
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(plan, result)
         updates = self.scheduler.commit(plan, result.tokens, result.logprobs)
+        if not result.logprobs and not self._prompt_logprobs:
+            return [_output(update) for update in updates]
         return [self._with_logprobs(update, result) for update in updates]
 
     def _budget(self) -> int | None:
@@ -133,16 +190,16 @@ class EngineLoop:
 
         Always enough for a small chunk, so that prompts move on where the target cannot be met.
         """
-        running = self.scheduler.running
-        if self._target_itl_s is None or not any(sequence.decoding for sequence in running):
+        scheduler = self.scheduler
+        if self._target_itl_s is None or not scheduler.decoding:
             return None
-        context = sum(sequence.computed for sequence in running)
-        tokens = self._step_time.tokens_within(self._target_itl_s, context)
-        return None if tokens is None else max(tokens, self.scheduler.num_running + MIN_CHUNK)
+        tokens = self._step_time.tokens_within(self._target_itl_s, scheduler.context)
+        return None if tokens is None else max(tokens, scheduler.num_running + MIN_CHUNK)
 
     def _keep_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
-        for share in plan.sequences:
-            if (found := result.prompt_logprobs.get(share.seq_id)) is not None:
+        for share in plan.chunks:
+            found = result.prompt_logprobs.get(share.seq_id)
+            if found is not None and self.scheduler.knows(share.seq_id):
                 # Entry i is of position i + 1. A prompt that was preempted comes again.
                 self._prompt_logprobs.setdefault(share.seq_id, [])[share.start :] = found
 
@@ -198,17 +255,18 @@ def _output(
     logprobs: list[TokenLogprobs] | None = None,
     prompt_logprobs: list[TokenLogprobs] | None = None,
 ) -> wire.TokenOutput:
+    # By position: one is made for each token, and names would cost a third more.
     return wire.TokenOutput(
-        request_id=update.request_id,
-        token_ids=update.token_ids,
-        finish_reason=update.finish_reason,
-        stop_token_id=update.stop_token_id,
-        num_cached_tokens=update.cached_tokens,
-        error=update.error,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        index=update.index,
-        score=update.score,
+        update.request_id,
+        update.token_ids,
+        update.finish_reason,
+        update.stop_token_id,
+        update.cached_tokens,
+        update.error,
+        logprobs,
+        prompt_logprobs,
+        update.index,
+        update.score,
     )
 
 

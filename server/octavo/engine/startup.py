@@ -6,7 +6,7 @@ import importlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from octavo import wire
 from octavo.config import EngineConfig
@@ -24,6 +24,8 @@ from octavo.params import SamplingParams
 RUNNER = "octavo.engine.runner:Runner"
 TOKEN_BUDGET = {"cpu": 512}
 DEFAULT_TOKEN_BUDGET = 2048
+# Where the host computes, there is nothing to hide behind the device.
+PIPELINE_DEPTH = {"cuda": 2}
 _MIB = 2**20
 
 logger = logging.getLogger(__name__)
@@ -58,8 +60,12 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step."""
+    def submit(self, plan: StepPlan) -> Any:
+        """Start one step."""
+        ...
+
+    def collect(self, step: Any) -> StepResult:
+        """Wait for its end."""
         ...
 
 
@@ -134,7 +140,8 @@ def start(
         kv_bytes_per_block=runner.kv_bytes_per_block,
     )
     target_itl_s = None if config.target_itl_ms is None else config.target_itl_ms / 1000
-    return EngineLoop(scheduler, runner, target_itl_s=target_itl_s), ready
+    depth = config.pipeline_depth or PIPELINE_DEPTH.get(str(runner.device).split(":")[0], 1)
+    return EngineLoop(scheduler, runner, target_itl_s=target_itl_s, depth=depth), ready
 
 
 def _load_attribute(spec: str) -> Callable[..., ModelRunner]:

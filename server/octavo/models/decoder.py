@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 
 from octavo.models.moe import mixture
 from octavo.models.parameters import parameter_shapes
@@ -70,10 +70,6 @@ class Decoder:
             )
             for i, layer in enumerate(spec.layers)
         ]
-        # On the device from the start: a graph cannot be captured over a copy from the host.
-        self._embedding_scale = torch.tensor(
-            spec.embedding_scale, dtype=parameters["embedding"].dtype, device=device
-        )
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """Logits (float32) of `batch.logit_rows`, all at once; see `hidden`."""
@@ -106,12 +102,15 @@ class Decoder:
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         spec, p = self.spec, self.parameters
-        x = embedding(batch.token_ids, p["embedding"])
-        if spec.embedding_scale != 1.0:
-            x = x * self._embedding_scale
-        if spec.learned_positions:
-            x = x + embedding(batch.positions + spec.position_offset, p["positions"])
-        return x
+        return ops.embed(
+            batch.token_ids,
+            p["embedding"],
+            scale=spec.embedding_scale,
+            positions=batch.positions if spec.learned_positions else None,
+            position_table=p["positions"][spec.position_offset :]
+            if spec.learned_positions
+            else None,
+        )
 
     def _attention(
         self, index: int, layer: LayerSpec, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
@@ -120,14 +119,18 @@ class Decoder:
         group, plane = self._places[index]
         keys, values = kv_cache[plane]
         qkv = self._linear(at + "qkv", x)
-        q, k, v = torch.split(qkv, [spec.query_size, spec.kv_size, spec.kv_size], dim=-1)
-        query = self._heads(at + "q_norm", q)
-        key = self._heads(at + "k_norm", k)
-        value = v.view(-1, spec.num_kv_heads, spec.head_dim)
+        rotation = None
         if layer.rope is not None:
             table = self._rope_tables[layer.rope]
-            ops.rope(query, key, batch.positions, table, interleaved=spec.rope_interleaved)
-        ops.write_kv(key, value, keys, values, batch.slots[group])
+            rotation = ops.Rotation(batch.positions, table, spec.rope_interleaved)
+        norm = None
+        if spec.qk_norm == "head" and spec.norm == "rms":
+            weights = self.parameters[at + "q_norm"], self.parameters[at + "k_norm"]
+            norm = ops.HeadNorm(*weights, spec.norm_eps, spec.norm_offset)
+        elif spec.qk_norm != "none":
+            self._norm_queries_and_keys(at, qkv)
+        slots = batch.slots[group]
+        query = ops.qk_norm_rope_write(qkv, keys, values, slots, norm, rotation)
         mixed = ops.paged_attention(
             query,
             keys,
@@ -140,14 +143,13 @@ class Decoder:
         )
         return self._linear(at + "output", mixed.flatten(1))
 
-    def _heads(self, norm: str, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys as [tokens, heads, dim], normed before or after they are cut up."""
-        dim = self.spec.head_dim
-        if self.spec.qk_norm == "whole":
-            x = self._norm(norm, x.contiguous())
-        elif self.spec.qk_norm == "head":
-            x = self._norm(norm, x.reshape(-1, dim)).view(x.shape)
-        return x.view(len(x), -1, dim)
+    def _norm_queries_and_keys(self, at: str, qkv: torch.Tensor) -> None:
+        """In place, before they are cut into heads, or each head by a layer norm."""
+        spec = self.spec
+        q, k, _ = torch.split(qkv, [spec.query_size, spec.kv_size, spec.kv_size], dim=-1)
+        for name, x in ((at + "q_norm", q), (at + "k_norm", k)):
+            rows = x.contiguous() if spec.qk_norm == "whole" else x.reshape(-1, spec.head_dim)
+            x.copy_(self._norm(name, rows).view(x.shape))
 
     def _mlp(self, at: str, layer: LayerSpec, x: torch.Tensor) -> torch.Tensor:
         moe = self.spec.moe
