@@ -30,7 +30,19 @@ RUN apt-get update -q \
       || apt-get install -y --no-install-recommends python3-dev; } \
  && rm -rf /var/lib/apt/lists/*
 
-# The compiled module first, from its own sources: a change of Python code compiles no C++.
+# OCTAVO_CUDA=OFF leaves out the GPU's module and the minutes that it takes to compile. Torch has
+# CUDA with it in either case; the driver is the node's, mounted by its container runtime.
+ARG OCTAVO_CUDA=ON
+ARG PIP_CERT
+ARG PIP_INDEX_URL
+COPY requirements/cuda.lock /src/requirements/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ "$OCTAVO_CUDA" = ON ]; then \
+      HOME=/root /opt/tools/bin/pip install --require-hashes -r /src/requirements/cuda.lock; \
+    fi
+ENV SKBUILD_CMAKE_DEFINE=OCTAVO_CUDA=${OCTAVO_CUDA}
+
+# The compiled modules first, from their own sources: a change of Python code compiles none.
 FROM compiler AS native
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
@@ -87,7 +99,8 @@ ENTRYPOINT ["octavo-operator"]
 FROM server-packages AS server
 COPY --from=server-code /staging /
 COPY e2e/tinymodel/model /opt/octavo/models/tiny
-ENV PYTHONDONTWRITEBYTECODE=1
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 EXPOSE 8000
 USER 10001:10001
 WORKDIR /tmp

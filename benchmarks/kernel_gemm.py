@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from octavo_kernels import _cuda, cuda_gemm, ops
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 2048)
 FUSED_ROWS = (1, 2, 4)
+DETERMINISTIC_ROWS = (1, 16, 64, 256)
 # Milliseconds for one row that are to be met on a GPU that copies at 4.3 TB/s.
 BARS, BARS_AT = {"llama-8b": 3.70, "qwen3-0.6b": 0.53}, 4.28e12
 SHARED_LIMITS = tuple(1024 * k for k in (40, 56, 72, 96, 113, 144, 200))
@@ -106,6 +108,24 @@ def relative_error(model: Model, rows: int) -> float:
     return round(worst, 5)
 
 
+def deterministic_seconds(model: Model, rows: int) -> float:
+    """A step by one algorithm a weight whatever the rows."""
+    ops.deterministic(True)
+    try:
+        step(model, rows, ops.linear)()
+        return graph_seconds([step(model, rows, ops.linear)])
+    finally:
+        ops.deterministic(False)
+
+
+def tuning_of(model: Model) -> dict[str, object]:
+    """Search for the algorithms, as at start; what it took."""
+    begin = time.perf_counter()
+    sizes = ops.tune_products(((w, None) for w in model.weights), [r for r in ROWS if r > 16])
+    seconds = time.perf_counter() - begin
+    return {"shape": model.name, "tuned_sizes": sizes, "tuning_s": round(seconds, 2)}
+
+
 def row_of(model: Model, rows: int, machine: Machine) -> dict[str, object]:
     """Our products beside torch's, and beside reading the weights at copy bandwidth."""
     torchs = graph_seconds([step(model, rows, torch.nn.functional.linear)])
@@ -128,6 +148,8 @@ def row_of(model: Model, rows: int, machine: Machine) -> dict[str, object]:
         residual = torch.randn(rows, model.head.shape[1], device="cuda", dtype=torch.bfloat16)
         fused = graph_seconds([lambda: fused_step(model, residual)])
         row |= {"fused_ms": round(fused * 1e3, 4)}
+    if rows in DETERMINISTIC_ROWS:
+        row |= {"deterministic_ms": round(deterministic_seconds(model, rows) * 1e3, 4)}
     if rows <= 16:
         row |= {"error": relative_error(model, rows)}
     return row
@@ -169,6 +191,7 @@ def gemm(machine: Machine, sweep: bool) -> Iterator[dict[str, object]]:
         if sweep:
             yield from sweep_of(model, machine)
         else:
+            yield tuning_of(model)
             for rows in ROWS:
                 yield row_of(model, rows, machine)
         del model

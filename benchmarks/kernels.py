@@ -16,14 +16,18 @@ from collections.abc import Callable, Iterator
 import torch
 from ceilings import seconds
 from kernel_decode import decode
+from kernel_elementwise import elementwise
 from kernel_gemm import gemm
 from kernel_prefill import prefill
+from kernel_sampling import sample
 from kernel_timing import Machine
 
 PARTS: dict[str, Callable[[Machine, bool], Iterator[dict[str, object]]]] = {
     "decode": decode,
+    "elementwise": elementwise,
     "gemm": gemm,
     "prefill": prefill,
+    "sampling": sample,
 }
 
 

@@ -30,7 +30,13 @@ BUNDLE = CERTIFICATES / "ca-certificates.crt"
 COMMON_INPUTS = ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE",
                  "requirements/build.lock", "operator", "server")  # fmt: skip
 INPUTS = {
-    "server": (*COMMON_INPUTS, "requirements/server.lock", "kernels", "e2e/tinymodel/model"),
+    "server": (
+        *COMMON_INPUTS,
+        "requirements/server.lock",
+        "requirements/cuda.lock",
+        "kernels",
+        "e2e/tinymodel/model",
+    ),
     "operator": (*COMMON_INPUTS, "requirements/operator.lock", "kernels/octavo_kernels"),
 }
 # Time and mode of every file in a build's context: equal content gives equal layers, whatever
@@ -140,7 +146,8 @@ def _ensure_base(name: str) -> None:
 def _build(image: Image, context: Path, base: str, name: str) -> None:
     """One target, with the machine's certificates and package index for the build only."""
     options = ["--isolation", "chroot", "--layers", "--target", image.target, "--tag", name]
-    options += ["--build-arg", f"BASE_IMAGE={base}"]
+    # The cluster has no GPU, and its kernels take minutes to compile.
+    options += ["--build-arg", f"BASE_IMAGE={base}", "--build-arg", "OCTAVO_CUDA=OFF"]
     if BUNDLE.exists():
         # A proxy that inspects TLS signs with an authority only this machine knows.
         options += ["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"]

@@ -20,6 +20,55 @@ def skinny_gemm(
     stream: int,
 ) -> None: ...
 def skinny_gemm_serves(rows: int, k: int, norm: bool) -> bool: ...
+def lt_version() -> int: ...
+def lt_candidates(
+    *,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    w: int,
+    bias: int,
+    out: int,
+    rows: int,
+    n: int,
+    k: int,
+    workspace_bytes: int,
+    count: int,
+    split: bool,
+) -> list[bytes]: ...
+def lt_product(
+    *,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    w: int,
+    bias: int,
+    out: int,
+    rows: int,
+    n: int,
+    k: int,
+    algorithm: bytes,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> bool: ...
+def lt_seconds(
+    *,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    weights: list[int],
+    bias: int,
+    out: int,
+    rows: int,
+    n: int,
+    k: int,
+    algorithm: bytes,
+    workspace: int,
+    workspace_bytes: int,
+    repeat: int,
+    stream: int,
+) -> float: ...
 def apply_updates(words: int, message: int, stretches: int, stream: int) -> None: ...
 def build_inputs(
     *,
@@ -101,6 +150,70 @@ class PrefillStep:
         stream: int,
     ) -> None: ...
 
+MAX_VOCAB: int
+MAX_TOP: int
+
+def sample_workspace(rows: int, vocab: int) -> int: ...
+def sample(
+    *,
+    dtype: int,
+    logits: int,
+    rows: int,
+    vocab: int,
+    stride: int,
+    scale: float,
+    softcap: float,
+    slots: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    draw_stream: int,
+    count: int,
+    adjusted: int,
+    adjustments: list[int],
+    marks_stride: int,
+    list_stride: int,
+    stop_ids: int,
+    max_tokens: int,
+    flags: int,
+    tokens: int,
+    kept: int,
+    workspace: int,
+    stream: int,
+) -> None: ...
+def restart_marks(
+    *,
+    row: int,
+    length: int,
+    prompt: int,
+    num_prompt: int,
+    drawn: int,
+    num_drawn: int,
+    allowed: int,
+    num_allowed: int,
+    listed: int,
+    num_listed: int,
+    stream: int,
+) -> None: ...
+def token_logprobs(
+    *,
+    dtype: int,
+    logits: int,
+    rows: int,
+    vocab: int,
+    stride: int,
+    scale: float,
+    softcap: float,
+    tokens: int,
+    wanted: int,
+    logprob: int,
+    rank: int,
+    top_ids: int,
+    top_logprobs: int,
+    top: int,
+    stream: int,
+) -> None: ...
 def prefill_serves(dim: int, block_size: int) -> bool: ...
 def decode_serves(dim: int, block_size: int) -> bool: ...
 def decode_row_tiles(heads: int, kv_heads: int) -> int: ...

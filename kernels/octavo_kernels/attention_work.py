@@ -73,8 +73,11 @@ def attention_work(
     slots = seqs * max_chunks
     tiles = -(-heads // kv_heads // ROWS_PER_TILE)
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def words(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
     return AttentionWork(
         max_seqs=max_seqs,
@@ -85,12 +88,12 @@ def attention_work(
         max_chunks=max_chunks,
         windows=different,
         window_sizes=torch.tensor(different, dtype=torch.int32, device=device),
-        chunks=zeros(len(different), slots, 4),
-        counts=zeros(len(different)),
-        ticket=zeros(1),
-        arrivals=zeros(seqs * kv_heads * tiles),
-        values=zeros(slots, heads, dim, dtype=torch.float32),
-        sums=zeros(slots, heads, 2, dtype=torch.float32),
+        chunks=words(len(different), slots, 4),
+        counts=words(len(different)),
+        ticket=words(1).zero_(),
+        arrivals=words(seqs * kv_heads * tiles).zero_(),
+        values=floats(slots, heads, dim),
+        sums=floats(slots, heads, 2),
     )
 
 

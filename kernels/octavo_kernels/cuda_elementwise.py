@@ -193,8 +193,8 @@ def _heads(
     step = _PACK if interleaved else 2 * _PACK
     if rotary % step != 0:
         raise Unserved(f"its kernel turns a multiple of {step} elements of a head, not {rotary}")
-    if any(place % 16 or stride % _PACK for g in groups for place, stride in (g[:2], g[2:4])):
-        raise Unserved("its kernel needs rows that are aligned to 16 bytes")
+    if any((g[0] | g[2] | g[4]) % 16 or (g[1] | g[3]) % _PACK for g in groups):
+        raise Unserved("its kernel needs weights and rows that are aligned to 16 bytes")
     _cuda.heads(
         dtype=type_code("heads", like),
         groups=groups,

@@ -1,4 +1,6 @@
-"""Matrix products on a GPU: our kernel for the rows of a small decode step, torch's for more."""
+"""Matrix products on a GPU: our kernel for the few rows of a small decode step, for more the
+algorithm of cuBLASLt that was found fastest, torch's choice where none was searched.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import torch
 from torch.nn import functional
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels.native import FUNCTIONS, Unfused, address, type_code
+from octavo_kernels import cuda_lt
+from octavo_kernels.native import FUNCTIONS, Unfused, address, profile, type_code
 from octavo_kernels.reference import Function, Norm
 
 # In the order of skinny_gemm.h's Epilogue.
@@ -15,13 +18,23 @@ _ALIGNMENT = 16  # bytes
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: Norm | None,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
+    if norm is not None and not _skinny_serves(x, weight, norm):
+        raise Unfused
+    if profile.deterministic:
+        return cuda_lt.fixed_product(x, weight, bias, out)
     if not _skinny_serves(x, weight, norm):
-        if norm is not None:
+        result = cuda_lt.product(x, weight, bias, out) if _aligned(x, weight) else None
+        if result is None and out is not None:
             raise Unfused
-        return functional.linear(x, weight, bias)
-    out = x.new_empty((x.shape[0], weight.shape[0]))
+        return functional.linear(x, weight, bias) if result is None else result
+    if out is None:
+        out = x.new_empty((x.shape[0], weight.shape[0]))
     skinny_gemm(x, weight, bias, out, norm=norm)
     return out
 
@@ -81,9 +94,13 @@ def skinny_gemm(
 
 
 def _skinny_serves(x: torch.Tensor, weight: torch.Tensor, norm: Norm | None) -> bool:
-    aligned = (
-        x.data_ptr() % _ALIGNMENT == 0
-        and weight.data_ptr() % _ALIGNMENT == 0
-        and x.stride(0) * x.element_size() % _ALIGNMENT == 0
+    return (
+        not profile.deterministic
+        and _cuda.skinny_gemm_serves(x.shape[0], x.shape[1], norm is not None)
+        and _aligned(x, weight)
     )
-    return aligned and _cuda.skinny_gemm_serves(x.shape[0], x.shape[1], norm is not None)
+
+
+def _aligned(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    row_bytes = (x.stride(0) | weight.stride(0)) * x.element_size()
+    return (x.data_ptr() | weight.data_ptr() | row_bytes) % _ALIGNMENT == 0

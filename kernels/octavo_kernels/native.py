@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from octavo_kernels.reference import Function
@@ -17,6 +19,18 @@ class Unserved(NotImplementedError):  # noqa: N818 (an answer, not a failure)
 
 class Unfused(Unserved):
     """For these arguments the simpler operations are as good; nothing to be said."""
+
+
+@dataclass(slots=True)
+class Profile:
+    """What holds for all operations. `deterministic`: a sequence's tokens do not depend on what
+    else is in its batch, at some cost in speed.
+    """
+
+    deterministic: bool = False
+
+
+profile = Profile()
 
 
 def type_code(op: str, tensor: torch.Tensor) -> int:

@@ -21,15 +21,23 @@ from octavo_kernels.dispatch import (
 )
 from octavo_kernels.heads import HeadNorm, Rotation, check_rotary, qk_norm_rope_write
 from octavo_kernels.match import Arg, match
-from octavo_kernels.products import gated_linear, linear, linear_add
+from octavo_kernels.products import (
+    deterministic,
+    gated_linear,
+    linear,
+    linear_add,
+    tune_products,
+)
 from octavo_kernels.reference import PLAIN, Function, Norm, Variant
+from octavo_kernels.sampling import sample, token_logprobs
 
 __all__ = [
     "PLAIN", "AttentionWork", "Function", "HeadNorm", "Norm", "Rotation", "Variant", "act",
-    "act_and_mul", "attention_work", "calls", "copy_blocks", "embed", "forced",
+    "act_and_mul", "attention_work", "calls", "copy_blocks", "deterministic", "embed", "forced",
     "forced_instruction_set", "gated_linear", "implementation", "implementations",
     "instruction_sets", "layer_norm", "linear", "linear_add", "paged_attention", "plan_attention",
-    "qk_norm_rope_write", "rms_norm", "rope", "swap_blocks", "write_kv",
+    "qk_norm_rope_write", "rms_norm", "rope", "sample", "swap_blocks", "token_logprobs",
+    "tune_products", "write_kv",
 ]  # fmt: skip
 
 

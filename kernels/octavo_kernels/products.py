@@ -6,14 +6,39 @@ while kernels before it still run: nothing in flight on the stream may be writin
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
 import torch
 from torch.nn import functional
 
-from octavo_kernels.dispatch import run
+from octavo_kernels.dispatch import implementation, run
 from octavo_kernels.match import Arg, match
+from octavo_kernels.native import profile
 from octavo_kernels.reference import Function, Norm
 
-__all__ = ["Norm", "gated_linear", "linear", "linear_add"]
+__all__ = ["Norm", "deterministic", "gated_linear", "linear", "linear_add", "tune_products"]
+
+
+def deterministic(on: bool) -> None:
+    """From now on, make no result depend on the number of rows it was computed with, or do."""
+    profile.deterministic = on
+
+
+def tune_products(
+    weights: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+    rows: Sequence[int],
+    folder: Path | None = None,
+) -> int:
+    """Find how weights (with their biases) are multiplied fastest with those numbers of rows, and
+    keep it in `folder`; returns how many sizes were timed. On a GPU it takes milliseconds a size,
+    elsewhere there is nothing to find.
+    """
+    listed = list(weights)
+    if not listed or implementation(listed[0][0].device, listed[0][0].dtype) != "cuda":
+        return 0
+    timed: int = run("tune_products", listed[0][0], listed, rows, folder)
+    return timed
 
 
 def linear(
@@ -21,11 +46,14 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     norm: Norm | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """norm(x) · weight^T + bias, [rows, n]."""
-    _match("linear", x, weight, bias, norm)
-    out: torch.Tensor = run("linear", x, x, weight, bias, norm, composed=_linear)
-    return out
+    """norm(x) · weight^T + bias, [rows, n], in `out` where one is given."""
+    given = [] if out is None else [Arg("out", out, "rows n")]
+    _match("linear", x, weight, bias, norm, *given)
+    result: torch.Tensor = run("linear", x, x, weight, bias, norm, out, composed=_linear)
+    return result
 
 
 def gated_linear(
@@ -72,12 +100,19 @@ def _match(
 
 
 def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: Norm | None,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
-    if norm is None:
+    if norm is not None:
+        args = (x.contiguous(), norm.weight, norm.eps, None, norm.offset)
+        return linear(run("rms_norm", x, *args), weight, bias, out=out)
+    if out is None:
         return functional.linear(x, weight, bias)
-    args = (x.contiguous(), norm.weight, norm.eps, None, norm.offset)
-    return linear(run("rms_norm", x, *args), weight, bias)
+    torch.mm(x, weight.t(), out=out)
+    return out if bias is None else out.add_(bias)
 
 
 def _gated_linear(

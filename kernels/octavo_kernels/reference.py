@@ -16,6 +16,9 @@ from torch.nn import functional
 from octavo_kernels.reference_batch import apply_updates as apply_updates
 from octavo_kernels.reference_batch import build_inputs as build_inputs
 from octavo_kernels.reference_batch import record_tokens as record_tokens
+from octavo_kernels.reference_sampling import restart_marks as restart_marks
+from octavo_kernels.reference_sampling import sample as sample
+from octavo_kernels.reference_sampling import token_logprobs as token_logprobs
 
 Function = Literal["silu", "gelu", "gelu_tanh", "relu"]
 

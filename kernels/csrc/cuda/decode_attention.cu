@@ -18,6 +18,14 @@ int device_attribute(cudaDeviceAttr which) {
   return value;
 }
 
+// Bytes of dynamic shared memory that a block can have besides what the kernel has of its own.
+template <typename Kernel>
+int most_shared(Kernel* kernel) {
+  cudaFuncAttributes own{};
+  check(cudaFuncGetAttributes(&own, kernel), "decode_attention");
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(own.sharedSizeBytes);
+}
+
 // Two tiles in flight while one is worked on; small tiles want more of them.
 int stages_for(int64_t dim) { return dim >= 256 ? 2 : dim >= 128 ? 3 : 4; }
 
@@ -37,12 +45,13 @@ DecodeTask task_of(const DecodeAttention& args, const DecodePlan& plan,
   task.block_tables = args.block_tables;
   task.max_blocks = int(args.max_blocks);
   task.block_shift = log2_of(args.block_size);
-  task.token_bytes = args.kv_heads * args.dim * 2;
+  task.token_bytes = uint32_t(args.kv_heads * args.dim * 2);
   task.out = args.out;
   task.sinks = args.sinks;
   task.chunks = plan.chunks + int64_t(args.window) * plan.max_seqs * plan.chunking.max_chunks;
   task.count = plan.counts + args.window;
   task.max_chunks = plan.chunking.max_chunks;
+  task.list_size = plan.max_seqs * plan.chunking.max_chunks;
   task.workspace = workspace;
   task.heads = int(args.heads);
   task.group = int(args.heads / args.kv_heads);
@@ -58,7 +67,7 @@ template <typename T, int kDim>
 void run(const DecodeTask& task, int blocks_per_sm, cudaStream_t stream) {
   constexpr auto kernel = decode_kernel<T, kDim>;
   static const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  static const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticShared;
+  static const int most = most_shared(kernel);
   static const bool allowed = allow_shared(kernel, most);
   (void)allowed;
   DecodeTask fitted = task;

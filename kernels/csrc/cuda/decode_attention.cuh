@@ -1,7 +1,7 @@
 // Attention of one query a sequence over paged keys and values, on tensor cores: the kernel.
 //
 // A block takes a chunk of a sequence under one key head after the other, from a list that was
-// made on the device (decode_plan.cu): first the one of its own number, then whatever is next. Its
+// made on the device (decode_plan.cu): first the one of its own number, later whatever is next. Its
 // four warps take the chunk's tiles of 16 tokens in turn. Each runs on its own: a ring of tiles in
 // shared memory that only it fills (cp.async) and reads, a softmax of its own, kept running
 // (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691). The ring goes on
@@ -17,8 +17,6 @@
 
 #include "cuda/decode_tile.cuh"
 #include "cuda/launch.h"
-
-#include <climits>
 
 namespace octavo::cuda {
 
@@ -39,23 +37,34 @@ struct Share {
   }
 };
 
-// Where the results of an item's head go: out, or, of one chunk of several, the workspace.
+// Where the results of one of an item's heads go: out, or, of a chunk of several, the workspace.
 template <typename T, int kDim>
-__device__ __forceinline__ void emit(const DecodeTask& task, const DecodeItem& item, int head,
-                                     int at, float2 value, const Share& share) {
-  if (item.count == 1) {
-    const float factor = share.normalizer(task, head);
-    T* out = static_cast<T*>(task.out) + (int64_t(item.sequence) * task.heads + head) * kDim;
-    *reinterpret_cast<uint32_t*>(out + at) = pack<T>(value.x * factor, value.y * factor);
-  } else {
-    const int64_t place =
-        (int64_t(item.sequence) * task.max_chunks + item.index) * task.heads + head;
-    *reinterpret_cast<float2*>(task.workspace.values + place * kDim + at) = value;
-    if (at == 0) {
+struct Destination {
+  T* out = nullptr;
+  float* values = nullptr;
+  float normalizer = 0;
+
+  __device__ __forceinline__ Destination(const DecodeTask& task, const DecodeItem& item, int head,
+                                         const Share& share) {
+    if (item.count == 1) {
+      out = static_cast<T*>(task.out) + (int64_t(item.sequence) * task.heads + head) * kDim;
+      normalizer = share.normalizer(task, head);
+    } else {
+      const int64_t place =
+          (int64_t(item.sequence) * task.max_chunks + item.index) * task.heads + head;
+      values = task.workspace.values + place * kDim;
       reinterpret_cast<float2*>(task.workspace.sums)[place] = {share.largest, share.sum};
     }
   }
-}
+  __device__ __forceinline__ void put(int at, float2 value) const {
+    if (out) {
+      *reinterpret_cast<uint32_t*>(out + at) =
+          pack<T>(value.x * normalizer, value.y * normalizer);
+    } else {
+      *reinterpret_cast<float2*>(values + at) = value;
+    }
+  }
+};
 
 // Puts the warps' sums together, in their order, eight rows at a time; each warp sums up every
 // fourth of the columns. All warps of the block, and a block barrier at the end.
@@ -96,6 +105,7 @@ __device__ __forceinline__ void put_together(const DecodeTask& task, const Decod
         factor[w] = Share::rescale(one.x, share.largest);
         share.sum += one.y * factor[w];
       }
+      const Destination<T, kDim> to(task, item, item.first_head + row, share);
       for (int j = warp; j < Layout::kColumns; j += kDecodeWarps) {
         float2 total = {0, 0};
 #pragma unroll
@@ -104,7 +114,7 @@ __device__ __forceinline__ void put_together(const DecodeTask& task, const Decod
           total.x += one.x * factor[w];
           total.y += one.y * factor[w];
         }
-        emit<T, kDim>(task, item, item.first_head + row, j * 8 + lane % 4 * 2, total, share);
+        to.put(j * 8 + lane % 4 * 2, total);
       }
     }
     __syncthreads();
@@ -141,85 +151,103 @@ __device__ __forceinline__ void combine(const DecodeTask& task, const DecodeItem
   }
 }
 
+// Adds one, or goes back to 0 from `last`; returns what was there. What the block wrote before its
+// last barrier is seen by who counts later, and what others wrote before they counted by this block
+// after its next barrier.
+__device__ __forceinline__ int count_up(int* counter, int last) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return before;
+}
+
 // Whether this block is the last of those that had a chunk of this sequence and head. What the
 // others wrote can then be read. For all threads; after a block barrier.
 __device__ __forceinline__ bool all_arrived(const DecodeTask& task, const DecodeItem& item) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
     int* arrivals = task.workspace.arrivals + int64_t(item.sequence) * task.columns + item.column;
-    __threadfence();
-    last = atomicAdd(arrivals, 1) == item.count - 1;
-    if (last) {
-      __threadfence();
-      *arrivals = 0;  // for the next layer
-    }
+    last = count_up(arrivals, item.count - 1) == item.count - 1;
   }
   __syncthreads();
   return last;
 }
 
-// Items beyond one for each block are handed out as blocks get free. Every block that has an item
-// draws until it gets none, so there are as many draws as items: the last puts the ticket back.
+// Items beyond two for each block are handed out as blocks get free. Every block that has a second
+// one draws until it gets none, which makes as many draws as there are items beyond one for each
+// block: the last of them puts the ticket back to 0. Drawn by one thread, well before it is used.
+// Ticket t is for item t beyond two for each block.
 __device__ __forceinline__ int draw(const DecodeTask& task, int items) {
-  const int ticket = atomicAdd(task.workspace.ticket, 1);
-  if (ticket == items - 1) *task.workspace.ticket = 0;
-  const int64_t number = int64_t(gridDim.x) + ticket;
-  return number < items ? int(number) : INT_MAX;
+  int ticket;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(ticket)
+               : "l"(task.workspace.ticket), "r"(items - int(gridDim.x) - 1)
+               : "memory");
+  return ticket;
 }
 
+// Waits until at most so many tiles are on their way.
 __device__ __forceinline__ void wait_tiles(int pending) {
-  switch (pending) {
-    case 0: return wait_copies<0>();
-    case 1: return wait_copies<1>();
-    case 2: return wait_copies<2>();
-    default: return wait_copies<3>();
+  if (pending >= 3) {
+    wait_copies<3>();
+  } else if (pending == 2) {
+    wait_copies<2>();
+  } else if (pending == 1) {
+    wait_copies<1>();
+  } else {
+    wait_copies<0>();
   }
 }
 
-constexpr int kMaxStages = 4;      // what wait_tiles knows
-constexpr int kStaticShared = 64;  // at most, of a kernel: besides its layout
+constexpr int kMaxStages = 4;  // all that wait_tiles knows
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kDecodeThreads, kDim <= 96 ? 3 : kDim <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1)
     decode_kernel(const __grid_constant__ DecodeTask task) {
   using Layout = DecodeLayout<kDim>;
   extern __shared__ __align__(128) char shared[];
   __shared__ int upcoming[2];  // in turn: one is read while the other may be written
   wait_for_previous();
   allow_next();
+  const auto item_of = [&](int number, int4 entry) {
+    return DecodeItem(task, number, entry, kDim * int(sizeof(T)));
+  };
+  DecodeItem item = item_of(blockIdx.x, DecodeItem::entry(task, blockIdx.x)), next;
   const int items = __ldcg(task.count) * task.columns;
-  if (blockIdx.x >= items) return;
+  // One branch on both, so that neither load waits for the other; an end is never negative.
+  if ((int(blockIdx.x) >= items) | (item.end < 0)) return;
   const uint64_t policy = evict_first_policy();
   const uint32_t ring =
       shared_address(shared) + threadIdx.x / 32 * task.stages * Layout::kStageBytes;
   int filling = 0, reading = 0, filled = 0;  // stages: next to fill, next to read, between them
   TileStream<kDim> stream;
   QueryRows<T, kDim> query(shared + Layout(task.stages, task.group).query());
-  DecodeItem item(task, blockIdx.x, kDim * int(sizeof(T))), next;
   stream.open(task, item);
-  if (threadIdx.x == 0) upcoming[0] = draw(task, items);
-  __syncthreads();
-  int number = upcoming[0];
-  for (int turn = 1;; turn ^= 1) {
+  // The longest of the first items is followed by the shortest of the second.
+  int number = 2 * gridDim.x - 1 - blockIdx.x;
+  for (int turn = 0;; turn ^= 1) {
     const bool goes_on = number < items;
-    if (goes_on) next = DecodeItem(task, number, kDim * int(sizeof(T)));
-    int after_next = INT_MAX;
-    if (goes_on && threadIdx.x == 0) after_next = draw(task, items);
+    int ticket = 0;
+    if (goes_on && threadIdx.x == 0) ticket = draw(task, items);
+    const int4 next_entry = DecodeItem::entry(task, number);
     query.load(task, item);
     Running<kDim> running;
-    bool ahead = goes_on && !stream.has_tile();
-    if (ahead) stream.open(task, next);
+    bool ahead = false;
+    const auto go_ahead = [&] {  // where this item's tiles are all on their way
+      if (stream.has_tile() || ahead || !goes_on) return;
+      ahead = true;
+      next = item_of(number, next_entry);
+      stream.open(task, next);
+    };
+    go_ahead();
     for (int tile = item.first_tile() + threadIdx.x / 32 * kTileTokens;; tile += kStride) {
       while (filled < task.stages && stream.has_tile()) {
         stream.load(task, ring + filling * Layout::kStageBytes, policy);
         if (++filling == task.stages) filling = 0;
         ++filled;
-        if (!stream.has_tile() && goes_on && !ahead) {
-          ahead = true;
-          stream.open(task, next);
-        } else {
-          stream.look_up(task);
-        }
+        go_ahead();
       }
       if (tile >= item.end) break;
       wait_tiles(filled - 1);
@@ -232,12 +260,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 96 ? 3 : kDim <= 128 ?
       if (++reading == task.stages) reading = 0;
       --filled;
     }
-    if (threadIdx.x == 0) upcoming[turn] = after_next;
+    if (threadIdx.x == 0) upcoming[turn] = ticket;
     put_together<T, kDim>(task, item, running, shared);
     if (item.count > 1 && all_arrived(task, item)) combine<T, kDim>(task, item);
     if (!goes_on) return;
     item = next;
-    number = upcoming[turn];
+    number = 2 * gridDim.x + upcoming[turn];
   }
 }
 

@@ -28,10 +28,10 @@ struct DecodeTask {
   const int32_t* count;
   DecodeWorkspace workspace;
   int64_t query_stride;   // elements
-  int64_t token_bytes;    // from a cache slot to the next
+  uint32_t token_bytes;   // from a cache slot to the next
   int max_blocks, block_shift;
   int heads, group, row_tiles, columns;  // columns: key heads * row tiles, items of a chunk
-  int max_chunks, stages;
+  int max_chunks, list_size, stages;
   float scale;            // of products: to powers of 2, or to the argument of tanh
   float cap;              // of scores as powers of 2; 0: none
 };
@@ -70,11 +70,16 @@ struct DecodeItem {
   int column, first_head, rows;
   int64_t head_bytes;  // of the key head, within a cache slot
 
+  // The list's entry of that number; of one beyond the list any, which nobody uses.
+  static __device__ __forceinline__ int4 entry(const DecodeTask& task, int number) {
+    const int at = min(number / task.columns, task.list_size - 1);
+    return __ldcg(reinterpret_cast<const int4*>(task.chunks) + at);
+  }
+
   DecodeItem() = default;
-  __device__ DecodeItem(const DecodeTask& task, int number, int head_size) {
-    const int entry = number / task.columns;
-    column = number - entry * task.columns;
-    const int4 raw = __ldcg(reinterpret_cast<const int4*>(task.chunks) + entry);
+  __device__ __forceinline__ DecodeItem(const DecodeTask& task, int number, int4 raw,
+                                        int head_size) {
+    column = number % task.columns;
     sequence = raw.x, begin = raw.y, end = raw.z;
     index = raw.w & 0xffff, count = raw.w >> 16;
     const int head = column / task.row_tiles, tile = column - head * task.row_tiles;
@@ -89,14 +94,20 @@ struct DecodeItem {
 template <int kDim>
 struct TileStream {
   using Layout = DecodeLayout<kDim>;
+  static constexpr int kRun = 8;  // tokens: no block is smaller, so they follow each other
+  static constexpr int kLookedUp = 32 * kRun / kTileTokens;  // tiles at once, a run a lane
+
   const int32_t* table;
-  int64_t head_bytes;
+  const char* keys;  // of the key head
+  const char* values;
   int begin, end, tile;
-  int slot;  // of token tile + lane % 16, or -1: looked up a tile ahead
+  int place;      // of the tile among those that were looked up
+  uint32_t slot;  // where this lane's run begins
 
   __device__ __forceinline__ void open(const DecodeTask& task, const DecodeItem& item) {
     table = task.block_tables + int64_t(item.sequence) * task.max_blocks;
-    head_bytes = item.head_bytes;
+    keys = task.keys + item.head_bytes;
+    values = task.values + item.head_bytes;
     begin = item.begin, end = item.end;
     tile = item.first_tile() + threadIdx.x / 32 * kTileTokens;
     look_up(task);
@@ -105,28 +116,36 @@ struct TileStream {
 
   // Entries of tokens that are not this item's are not read: they may be absurd.
   __device__ __forceinline__ void look_up(const DecodeTask& task) {
-    const int token = tile + threadIdx.x % kTileTokens;
-    slot = -1;
-    if (token >= begin && token < end) {
+    constexpr int kRuns = kTileTokens / kRun;
+    const int lane = threadIdx.x % 32;
+    const int token = tile + lane / kRuns * kStride + lane % kRuns * kRun;
+    place = 0;
+    slot = 0;
+    if (token < end && token + kRun > begin) {
       const int block = __ldcg(table + (token >> task.block_shift));
       slot = (block << task.block_shift) + (token & ((1 << task.block_shift) - 1));
     }
   }
 
+  // Starts to load the tile and goes on to the next one.
   // Rows without a token become zeros: a weight of 0 times what else may lie there could be NaN.
   __device__ __forceinline__ void load(const DecodeTask& task, uint32_t stage, uint64_t policy) {
     const int lane = threadIdx.x % 32;
+    const uint32_t low = __shfl_sync(~0u, slot, 2 * place);
+    const uint32_t high = __shfl_sync(~0u, slot, 2 * place + 1);
 #pragma unroll
     for (int i = 0; i < kTileTokens * Layout::kUnits / 32; ++i) {
       const int row = (i * 32 + lane) / Layout::kUnits, unit = (i * 32 + lane) % Layout::kUnits;
-      const int from_slot = __shfl_sync(~0u, slot, row);
-      const int64_t from = max(from_slot, 0) * task.token_bytes + head_bytes + unit * 16;
+      const uint32_t at = (row < kRun ? low : high) + row % kRun;
+      const bool there = uint32_t(tile + row - begin) < uint32_t(end - begin);
       const uint32_t to = stage + Layout::offset(row, unit);
-      copy_async(to, task.keys + from, from_slot >= 0, policy);
-      copy_async(to + Layout::kTileBytes, task.values + from, from_slot >= 0, policy);
+      copy_async(to, keys + unit * 16 + uint64_t(at) * task.token_bytes, there, policy);
+      copy_async(to + Layout::kTileBytes, values + unit * 16 + uint64_t(at) * task.token_bytes,
+                 there, policy);
     }
     commit_copies();
     tile += kStride;
+    if (++place == kLookedUp) look_up(task);
   }
 };
 
@@ -191,16 +210,19 @@ __device__ __forceinline__ void scores_of(const DecodeTask& task, const DecodeIt
     multiply_add<T>(scores[0], {part.x, part.y, part.z, part.w}, key[0], key[1]);
     multiply_add<T>(scores[1], {part.x, part.y, part.z, part.w}, key[2], key[3]);
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] *= task.scale;
+  if (task.cap > 0) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] = task.cap * tanh_of(scores[i / 4][i % 4]);
+  }
   const bool whole = tile >= item.begin && tile + kTileTokens <= item.end;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float& score = scores[n][i];
-      score *= task.scale;
-      if (task.cap > 0) score = task.cap * tanh_of(score);
       const int token = tile + n * 8 + lane % 4 * 2 + i % 2;
-      if (!whole && (token < item.begin || token >= item.end)) score = -INFINITY;
+      if (!whole && (token < item.begin || token >= item.end)) scores[n][i] = -INFINITY;
     }
   }
 }

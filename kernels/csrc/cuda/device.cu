@@ -41,7 +41,8 @@ int driver_version() {
 
 cudaDeviceProp properties(int device) {
   int count = 0;
-  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaErrorNoDevice) check(error, "cudaGetDeviceCount");
   if (device < 0 || device >= count) {
     refuse("there is no CUDA device " + std::to_string(device) + ", " + std::to_string(count) +
            " can be seen: ask for one in the pod's resources (nvidia.com/gpu)");

@@ -86,9 +86,11 @@ __device__ __forceinline__ float tanh_of(float x) {
 // Copies 16 bytes past the registers and the L1 cache; zeros, and no read, where `there` is false.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there,
                                            uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
-               "l"(from), "r"(there ? 16 : 0), "l"(policy)
-               : "memory");
+  asm volatile(
+      "{ .reg .pred absent; setp.eq.s32 absent, %2, 0;"
+      " cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, absent, %3; }" ::"r"(to),
+      "l"(from), "r"(int(there)), "l"(policy)
+      : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() {

@@ -9,10 +9,12 @@ namespace octavo::cuda {
 
 void bind_batch(py::module_& m);
 void bind_decode(py::module_& m);
+void bind_blaslt(py::module_& m);
 void bind_device(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_prefill(py::module_& m);
+void bind_sampling(py::module_& m);
 
 }  // namespace octavo::cuda
 
@@ -20,8 +22,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Operations on a GPU; called by octavo_kernels' cuda modules only.";
   octavo::cuda::bind_batch(m);
   octavo::cuda::bind_decode(m);
+  octavo::cuda::bind_blaslt(m);
   octavo::cuda::bind_device(m);
   octavo::cuda::bind_elementwise(m);
   octavo::cuda::bind_gemm(m);
   octavo::cuda::bind_prefill(m);
+  octavo::cuda::bind_sampling(m);
 }

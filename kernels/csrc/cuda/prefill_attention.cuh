@@ -15,12 +15,10 @@
 #include "cuda/launch.h"
 #include "cuda/mma.cuh"
 #include "cuda/prefill_attention.h"
-
-#include <math_constants.h>
+#include "cuda/prefill_softmax.cuh"
+#include "cuda/prefill_tile.cuh"
 
 namespace octavo::cuda::prefill {
-
-constexpr int kThreads = 128;
 
 template <typename T, int kHeadDim, int kTileRows>
 struct TileShape {
@@ -29,130 +27,22 @@ struct TileShape {
   static constexpr int kRows = kTileRows;
   static constexpr int kKeys = kDim > 128 ? 32 : 64;  // a step's
   static constexpr int kPitch = kDim + 8;             // elements from row to row
-  static constexpr int kChunks = kDim / 8;            // of 16 bytes a row
+  static constexpr int kRowBytes = kPitch * 2;
+  static constexpr int kUnits = kDim / 8;             // of 16 bytes a row
+  // Threads that copy a row together, and rows that all of them copy at once.
+  static constexpr int kTeam = kUnits <= 8 ? 8 : kUnits <= 16 ? 16 : 32;
+  static constexpr int kTeams = kThreads / kTeam;
   static constexpr int kBands = kRows / 64;           // of 16 rows a warp
   static constexpr int kWarpRows = 16 * kBands;
-  static constexpr int kMaxIds = kKeys / 8;  // blocks that a step can touch: they hold 8 or more
   static constexpr int kQueryBytes = kRows * kPitch * 2;
   static constexpr int kStepBytes = kKeys * kPitch * 2;
-  static constexpr int kShared = kQueryBytes + 4 * kStepBytes + 2 * kMaxIds * 4;
-  static_assert(kDim % 16 == 0 && kChunks % 2 == 0 && kRows % 64 == 0);
-};
+  static constexpr int kGroups = kKeys / 8;           // of adjacent keys
+  static constexpr int kShared = kQueryBytes + 4 * kStepBytes + (3 * kRows + 2 * kGroups) * 4;
 
-// Copies 16 bytes, or 4, to shared memory in the background; zeros, and no read, unless `wanted`.
-// Unlike decode's, these keys are read again by other blocks: they stay in the L2 cache.
-__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, bool wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(wanted ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, bool wanted) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
-               "r"(wanted ? 4 : 0)
-               : "memory");
-}
-
-// Where the rows of a tile stand.
-struct Tile {
-  int begin;     // of the sequence's queries in the batch
-  int queries;   // of the sequence
-  int position;  // of the sequence's first query
-  int first_row, rows;
-  int group;
-
-  __device__ int token(int row) const { return min((first_row + row) / group, queries - 1); }
-  __device__ int head(int row) const { return (first_row + row) % group; }
-  __device__ int at(int row) const { return position + token(row); }
-};
-
-__device__ inline Tile make_tile(const PrefillBatch& batch, const PrefillItem& item,
-                                 int tile_rows) {
-  Tile tile;
-  tile.group = batch.heads / batch.kv_heads;
-  tile.begin = batch.query_start[item.sequence];
-  tile.queries = batch.query_start[item.sequence + 1] - tile.begin;
-  tile.position = batch.seq_lens[item.sequence] - tile.queries;
-  tile.first_row = item.tile * tile_rows;
-  tile.rows = min(tile_rows, tile.queries * tile.group - tile.first_row);
-  return tile;
-}
-
-// The keys that a tile takes in, first..end, of which those before `seen` are behind all windows.
-struct Keys {
-  int first, end, seen;
-};
-
-// Copies a step's block ids; those of blocks that are not wanted stay unread.
-template <typename Shape>
-__device__ void copy_ids(uint32_t to, const int32_t* table, int step, int shift, const Keys& keys) {
-  const int first = step * Shape::kKeys >> shift;
-  const int count = max(1, Shape::kKeys >> shift);
-  const int i = threadIdx.x;
-  if (i >= count) return;
-  const bool wanted = (first + i) << shift < keys.end && (first + i + 1) << shift > keys.seen;
-  copy_async_4(to + i * 4, table + (wanted ? first + i : 0), wanted);
-}
-
-// Copies a step's keys (or values), zeros for those out of keys.seen..keys.end.
-template <typename Shape>
-__device__ void copy_step(uint32_t to, const typename Shape::Type* cache, const int32_t* ids,
-                          int step, int shift, int row_stride, const Keys& keys) {
-  constexpr int kChunks = Shape::kChunks;
-  static_assert(Shape::kKeys * kChunks % kThreads == 0);
-#pragma unroll
-  for (int i = 0; i < Shape::kKeys * kChunks / kThreads; ++i) {
-    const int chunk = threadIdx.x + i * kThreads;
-    const int row = chunk / kChunks, column = chunk % kChunks * 8;
-    const int position = step * Shape::kKeys + row;
-    const bool wanted = position >= keys.seen && position < keys.end;
-    const int64_t slot =
-        (int64_t(ids[row >> shift]) << shift) + (position & ((1 << shift) - 1));
-    copy_async_16(to + (row * Shape::kPitch + column) * 2,
-                  cache + (wanted ? slot * row_stride : 0) + column, wanted);
+  static __device__ uint32_t place(uint32_t row, uint32_t unit) {
+    return row * kRowBytes + unit * 16;
   }
-}
-
-template <typename Shape>
-__device__ void copy_queries(uint32_t to, const PrefillAttention& args, const Tile& tile,
-                             int kv_head) {
-  using T = typename Shape::Type;
-  constexpr int kChunks = Shape::kChunks;
-#pragma unroll 4
-  for (int i = 0; i < Shape::kRows * kChunks / kThreads; ++i) {
-    const int chunk = threadIdx.x + i * kThreads;
-    const int row = chunk / kChunks, column = chunk % kChunks * 8;
-    const bool wanted = row < tile.rows;
-    const int head = kv_head * tile.group + tile.head(row);
-    const T* from = static_cast<const T*>(args.query) +
-                    (tile.begin + tile.token(row)) * args.query_stride + head * Shape::kDim;
-    copy_async_16(to + (row * Shape::kPitch + column) * 2, from + column, wanted);
-  }
-}
-
-// A lane's part of its warp's rows: rows lane / 4 and lane / 4 + 8 of each band.
-template <typename Shape>
-struct Accumulator {
-  float out[Shape::kBands][Shape::kDim / 8][4];
-  float maximum[Shape::kBands][2];  // of the row's scores
-  float sum[Shape::kBands][2];      // of weights, this lane's share
-};
-
-template <typename Shape>
-using Scores = float[Shape::kBands][Shape::kKeys / 8][4];
-
-// Rounded weights as the left factor of a product: a result's layout is a factor's, two by two.
-template <typename Shape>
-using Weights = uint32_t[Shape::kBands][Shape::kKeys / 16][4];
-
-// How scores become exponents: exp2(factor * score), after the cap.
-struct Exponent {
-  float factor, softcap, inner;  // inner: scale / softcap
-
-  __device__ explicit Exponent(const PrefillAttention& args)
-      : factor(args.softcap > 0 ? kLog2E : args.scale * kLog2E),
-        softcap(args.softcap),
-        inner(args.softcap > 0 ? args.scale / args.softcap : 0) {}
+  static_assert(kDim % 16 == 0 && kRows % 64 == 0 && kRows <= kThreads);
 };
 
 template <typename Shape>
@@ -190,78 +80,6 @@ __device__ __forceinline__ void multiply_keys(Scores<Shape>& scores, uint32_t qu
 }
 
 template <typename Shape>
-__device__ __forceinline__ void cap(Scores<Shape>& scores, const Exponent& exponent) {
-#pragma unroll
-  for (int band = 0; band < Shape::kBands; ++band) {
-#pragma unroll
-    for (int n = 0; n < Shape::kKeys / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[band][n][i] = exponent.softcap * tanh_of(scores[band][n][i] * exponent.inner);
-      }
-    }
-  }
-}
-
-// Hides keys after a row's own position, and those behind its window.
-template <typename Shape>
-__device__ __forceinline__ void mask(Scores<Shape>& scores, const int (&at)[Shape::kBands][2],
-                                     int first_key, int window) {
-  const int column = first_key + threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int band = 0; band < Shape::kBands; ++band) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int last = at[band][i / 2];
-      const int behind = window > 0 ? last - window : -1;
-#pragma unroll
-      for (int n = 0; n < Shape::kKeys / 8; ++n) {
-        const int position = column + n * 8 + i % 2;
-        if (position > last || position <= behind) scores[band][n][i] = -CUDART_INF_F;
-      }
-    }
-  }
-}
-
-// Scores become weights; what was summed under the old maximum is brought to the new one.
-template <typename Shape>
-__device__ __forceinline__ void weigh(Weights<Shape>& weights, const Scores<Shape>& scores,
-                                      Accumulator<Shape>& rows, const Exponent& exponent) {
-  const float factor = exponent.factor;
-#pragma unroll
-  for (int band = 0; band < Shape::kBands; ++band) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float most = rows.maximum[band][half];
-#pragma unroll
-      for (int n = 0; n < Shape::kKeys / 8; ++n) {
-        most = fmaxf(most, fmaxf(scores[band][n][2 * half], scores[band][n][2 * half + 1]));
-      }
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      // A row that has seen no key yet has no maximum; 0 keeps inf - inf out.
-      const float base = most == -CUDART_INF_F ? 0 : most * factor;
-      const float shrink = power_of_two(rows.maximum[band][half] * factor - base);
-      rows.maximum[band][half] = most;
-      float sum = 0;
-#pragma unroll
-      for (int n = 0; n < Shape::kKeys / 8; ++n) {
-        const float even = power_of_two(scores[band][n][2 * half] * factor - base);
-        const float odd = power_of_two(scores[band][n][2 * half + 1] * factor - base);
-        sum += even + odd;
-        weights[band][n / 2][n % 2 * 2 + half] = pack<typename Shape::Type>(even, odd);
-      }
-      rows.sum[band][half] = rows.sum[band][half] * shrink + sum;
-#pragma unroll
-      for (int n = 0; n < Shape::kDim / 8; ++n) {
-        rows.out[band][n][2 * half] *= shrink;
-        rows.out[band][n][2 * half + 1] *= shrink;
-      }
-    }
-  }
-}
-
-template <typename Shape>
 __device__ __forceinline__ void multiply_values(Accumulator<Shape>& rows,
                                                 const Weights<Shape>& weights, uint32_t values) {
   using T = typename Shape::Type;
@@ -282,54 +100,13 @@ __device__ __forceinline__ void multiply_values(Accumulator<Shape>& rows,
   }
 }
 
-// Sinks take part as a first score that has no value.
-template <typename Shape>
-__device__ __forceinline__ void begin(Accumulator<Shape>& rows, const PrefillAttention& args,
-                                      const Exponent& exponent, const Tile& tile, int kv_head,
-                                      bool with_sinks) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int band = 0; band < Shape::kBands; ++band) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      rows.maximum[band][half] = -CUDART_INF_F;
-      rows.sum[band][half] = 0;
-      if (with_sinks) {
-        const int row = threadIdx.x / 32 * Shape::kWarpRows + band * 16 + half * 8 + lane / 4;
-        const float sink = args.sinks[kv_head * tile.group + tile.head(row)];
-        rows.maximum[band][half] = sink * (kLog2E / exponent.factor);
-        rows.sum[band][half] = lane % 4 == 0 ? 1 : 0;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < Shape::kDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rows.out[band][n][i] = 0;
-    }
-  }
-}
-
-// The whole sum of each row, in all four lanes that share it.
-template <typename Shape>
-__device__ __forceinline__ void reduce_sums(Accumulator<Shape>& rows) {
-#pragma unroll
-  for (int band = 0; band < Shape::kBands; ++band) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& sum = rows.sum[band][half];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-    }
-  }
-}
-
 // Divides, rounds and stores a warp's rows, through its own rows of `staging`, so that the
 // stores are of 16 bytes.
 template <typename Shape>
 __device__ __forceinline__ void store_rows(const Accumulator<Shape>& rows,
                                            typename Shape::Type* staging,
-                                           const PrefillAttention& args, const Tile& tile,
-                                           int heads, int kv_head) {
+                                           const RowTable<Shape>& table, void* out,
+                                           int valid_rows) {
   using T = typename Shape::Type;
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * Shape::kWarpRows;
   __syncwarp();
@@ -348,75 +125,16 @@ __device__ __forceinline__ void store_rows(const Accumulator<Shape>& rows,
     }
   }
   __syncwarp();
+  const int unit = lane % Shape::kTeam;
+  if (unit >= Shape::kUnits) return;
 #pragma unroll 4
-  for (int i = 0; i < Shape::kWarpRows * Shape::kChunks / 32; ++i) {
-    const int chunk = lane + i * 32;
-    const int row = first + chunk / Shape::kChunks, column = chunk % Shape::kChunks * 8;
-    if (row >= tile.rows) break;
-    const int head = kv_head * tile.group + tile.head(row);
-    T* to = static_cast<T*>(args.out) +
-            (int64_t(tile.begin + tile.token(row)) * heads + head) * Shape::kDim + column;
-    *reinterpret_cast<uint4*>(to) =
-        *reinterpret_cast<const uint4*>(staging + row * Shape::kPitch + column);
+  for (int i = lane / Shape::kTeam; i < Shape::kWarpRows; i += 32 / Shape::kTeam) {
+    const int row = first + i;
+    if (row >= valid_rows) break;
+    static_cast<uint4*>(out)[table.out[row] + unit] =
+        *reinterpret_cast<const uint4*>(staging + row * Shape::kPitch + unit * 8);
   }
 }
-
-// Stores what a span gave, for merge_spans to put together.
-template <typename Shape>
-__device__ __forceinline__ void store_partial(const Accumulator<Shape>& rows,
-                                              const PrefillPlan& plan, const Exponent& exponent,
-                                              int64_t index, int valid_rows) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int band = 0; band < Shape::kBands; ++band) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = threadIdx.x / 32 * Shape::kWarpRows + band * 16 + half * 8 + lane / 4;
-      if (row >= valid_rows) continue;
-      const int64_t at = index * Shape::kRows + row;
-      if (lane % 4 == 0) {
-        reinterpret_cast<float2*>(plan.partial_sums)[at] = make_float2(
-            rows.maximum[band][half] * exponent.factor, rows.sum[band][half]);
-      }
-      float* to = plan.partial_out + at * Shape::kDim + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < Shape::kDim / 8; ++n) {
-        *reinterpret_cast<float2*>(to + n * 8) =
-            make_float2(rows.out[band][n][2 * half], rows.out[band][n][2 * half + 1]);
-      }
-    }
-  }
-}
-
-// Where a warp's rows stand, and which steps it can pass over or need not mask.
-template <typename Shape>
-struct WarpRows {
-  int at[Shape::kBands][2];
-  int first, last, window;
-  bool any;
-
-  __device__ WarpRows(const Tile& tile, int window) : window(window) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * Shape::kWarpRows;
-    any = row < tile.rows;
-    first = tile.at(row);
-    last = tile.at(row + Shape::kWarpRows - 1);
-#pragma unroll
-    for (int band = 0; band < Shape::kBands; ++band) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        at[band][half] = tile.at(row + band * 16 + half * 8 + lane / 4);
-      }
-    }
-  }
-  // Whether any row sees any of the step's keys.
-  __device__ bool see(int key) const {
-    return any && key <= last && (window == 0 || key + Shape::kKeys > first - window + 1);
-  }
-  // Whether some row does not see some of them.
-  __device__ bool some_hidden(int key) const {
-    return key + Shape::kKeys - 1 > first || (window > 0 && key <= last - window);
-  }
-};
 
 template <typename Shape>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -429,8 +147,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t queries = shared_address(shared);
   const uint32_t keys_at = queries + Shape::kQueryBytes;
   const uint32_t values_at = keys_at + 2 * Shape::kStepBytes;
-  const uint32_t ids_at = values_at + 2 * Shape::kStepBytes;
-  const auto* ids = reinterpret_cast<const int32_t*>(shared + (ids_at - queries));
+  auto& table = *reinterpret_cast<RowTable<Shape>*>(shared + Shape::kQueryBytes +
+                                                    4 * Shape::kStepBytes);
+  auto* slots = reinterpret_cast<int32_t*>(&table + 1);  // [2][kGroups]
 
   wait_for_previous();
   if (int(blockIdx.y) >= plan.counts[0]) return;
@@ -441,36 +160,35 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Keys keys{max(item.first, seen), item.end, seen};
   const int first_step = keys.first / Shape::kKeys;
   const int end_step = (keys.end + Shape::kKeys - 1) / Shape::kKeys;
-  const int shift = __ffs(int(args.block_size)) - 1;
-  const int row_stride = batch.kv_heads * Shape::kDim;
-  const int32_t* table = args.block_tables + item.sequence * args.max_blocks;
+  const Pages pages{args.block_tables + item.sequence * args.max_blocks,
+                    __ffs(int(args.block_size)) - 1};
+  const uint32_t row = batch.kv_heads * Shape::kUnits;
   const T* key_cache = static_cast<const T*>(args.key_cache) + kv_head * Shape::kDim;
   const T* value_cache = static_cast<const T*>(args.value_cache) + kv_head * Shape::kDim;
 
-  const auto copy_next_ids = [&](int step) {
-    copy_ids<Shape>(ids_at + step % 2 * Shape::kMaxIds * 4, table, step, shift, keys);
+  const auto keep_slot = [&](int step, int slot) {
+    if (threadIdx.x < Shape::kGroups) slots[step % 2 * Shape::kGroups + threadIdx.x] = slot;
   };
   const auto copy = [&](uint32_t to, const T* cache, int step) {
-    copy_step<Shape>(to + step % 2 * Shape::kStepBytes, cache, ids + step % 2 * Shape::kMaxIds,
-                     step, shift, row_stride, keys);
+    copy_step<Shape>(to + step % 2 * Shape::kStepBytes, cache,
+                     slots + step % 2 * Shape::kGroups, step, row, keys);
+    commit_copies();
   };
 
-  // Groups of copies: ids; queries and keys; values; then keys and values, step by step.
+  fill<Shape>(table, tile, args, batch.heads, kv_head);
+  keep_slot(first_step, pages.first_slot<Shape>(first_step, keys));
+  keep_slot(first_step + 1, pages.first_slot<Shape>(first_step + 1, keys));
+  __syncthreads();
+  // Groups of copies: queries and keys; values; then keys and values, step by step.
   if (first_step < end_step) {
-    copy_next_ids(first_step);
-    copy_next_ids(first_step + 1);
-    commit_copies();
-    copy_queries<Shape>(queries, args, tile, kv_head);
-    wait_copies<0>();
-    __syncthreads();
+    copy_queries<Shape>(queries, table, args.query, tile.rows);
     copy(keys_at, key_cache, first_step);
-    commit_copies();
     copy(values_at, value_cache, first_step);
-    commit_copies();
   }
 
   const Exponent exponent(args);
-  const WarpRows<Shape> warp(tile, args.window);
+  const Span warp(table.position, threadIdx.x / 32 * Shape::kWarpRows, Shape::kWarpRows,
+                  tile.rows, args.window);
   const uint32_t own = queries + threadIdx.x / 32 * Shape::kWarpRows * Shape::kPitch * 2;
   Accumulator<Shape> rows;
   begin<Shape>(rows, args, exponent, tile, kv_head, args.sinks != nullptr && item.part <= 0);
@@ -480,34 +198,39 @@ __global__ void __launch_bounds__(kThreads, 2)
     const bool more = step + 1 < end_step;
     wait_copies<1>();
     __syncthreads();  // this step's keys are here; no warp is in the last step any more
+    const int slot = pages.first_slot<Shape>(step + 2, keys);  // kept after the scores
     if (more) {
       copy(keys_at, key_cache, step + 1);
-      copy_next_ids(step + 2);
+    } else {
+      commit_copies();  // of nothing: the count of groups stays the same
     }
-    commit_copies();
-    const bool see = warp.see(key);
+    const bool see = warp.sees<Shape>(key);
     Weights<Shape> weights;
     if (see) {
       Scores<Shape> scores;
       multiply_keys<Shape>(scores, own, keys_at + buffer);
       if (exponent.softcap > 0) cap<Shape>(scores, exponent);
-      if (warp.some_hidden(key)) mask<Shape>(scores, warp.at, key, args.window);
-      weigh<Shape>(weights, scores, rows, exponent);
+      if (warp.sees_not_all<Shape>(key)) mask<Shape>(scores, table.position, key, args.window);
+      float shrink[Shape::kBands][2];
+      if (weigh<Shape>(weights, scores, rows, exponent, shrink)) scale_rows<Shape>(rows, shrink);
     }
+    keep_slot(step, slot);  // of step + 2: in the place of this step's, which no copy needs now
     wait_copies<1>();
     __syncthreads();  // its values
     if (more) copy(values_at, value_cache, step + 1);
-    commit_copies();
     if (see) multiply_values<Shape>(rows, weights, values_at + buffer);
   }
   allow_next();
   wait_copies<0>();
   reduce_sums<Shape>(rows);
-  if (item.partial >= 0) {
-    store_partial<Shape>(rows, plan, exponent,
-                         int64_t(item.partial) * batch.kv_heads + kv_head, tile.rows);
+  // Read again rather than kept: registers are what the loop is short of.
+  const PrefillItem done = plan.items[blockIdx.y];
+  const int valid_rows = make_tile(batch, done, Shape::kRows).rows;
+  if (done.partial >= 0) {
+    const int64_t index = int64_t(done.partial) * batch.kv_heads + kv_head;
+    store_partial<Shape>(rows, plan, exponent, index, valid_rows);
   } else {
-    store_rows<Shape>(rows, staging, args, tile, batch.heads, kv_head);
+    store_rows<Shape>(rows, staging, table, args.out, valid_rows);
   }
 }
 

@@ -21,6 +21,10 @@ from octavo_kernels import ops
 
 Parameters = dict[str, torch.Tensor]
 
+# For no more rows a GPU spends its time on starting kernels: norms, gates and sums then ride on the
+# products before or after them.
+FEW_ROWS = 16
+
 
 @dataclass(slots=True, frozen=True)
 class Batch:
@@ -31,7 +35,7 @@ class Batch:
     more than sequences) delimits the sequences; `seq_lens` counts their tokens, cached ones
     included. `logit_rows` names the tokens whose logits are wanted, None all of them. The first
     `num_decodes` sequences have one token each, none has more than `max_query_len`; 0 and None say
-    that nothing is known.
+    that nothing is known. `attention_work` was planned for these sequences.
     """
 
     token_ids: torch.Tensor
@@ -43,6 +47,7 @@ class Batch:
     logit_rows: torch.Tensor | None
     num_decodes: int = 0
     max_query_len: int | None = None
+    attention_work: ops.AttentionWork | None = None
 
 
 class Decoder:
@@ -70,6 +75,9 @@ class Decoder:
             )
             for i, layer in enumerate(spec.layers)
         ]
+        on_gpu = device.type == "cuda"
+        self._product = ops.linear if on_gpu else linear
+        self._few_rows = FEW_ROWS if on_gpu and _is_plain(spec) else 0
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """Logits (float32) of `batch.logit_rows`, all at once; see `hidden`."""
@@ -84,8 +92,12 @@ class Decoder:
         """
         spec = self.spec
         residual, x = self._embed(batch), None
+        few = len(residual) <= self._few_rows
         for i, layer in enumerate(spec.layers):
             at = f"layers.{i}."
+            if few:
+                self._few_rows_layer(i, layer, residual, batch, kv_cache)
+                continue
             normed = self._add_norm(at + "input_norm", x, residual)
             x = self._attention(i, layer, normed, batch, kv_cache)
             if spec.placement == "parallel":
@@ -112,13 +124,44 @@ class Decoder:
             else None,
         )
 
+    def _few_rows_layer(
+        self,
+        index: int,
+        layer: LayerSpec,
+        residual: torch.Tensor,
+        batch: Batch,
+        kv_cache: torch.Tensor,
+    ) -> None:
+        """A plain layer in six kernels; `residual` becomes the layer's output."""
+        at, p = f"layers.{index}.", self.parameters
+
+        def norm(name: str) -> ops.Norm:
+            return ops.Norm(p[at + name], self.spec.norm_eps, self.spec.norm_offset)
+
+        def bias(name: str) -> torch.Tensor | None:
+            return p.get(f"{at}{name}.bias")
+
+        qkv = ops.linear(residual, p[at + "qkv"], bias("qkv"), norm("input_norm"))
+        mixed = self._mix(index, layer, qkv, batch, kv_cache)
+        ops.linear_add(mixed, p[at + "output"], residual, bias("output"))
+        function, gate_up = self.spec.activation, p[at + "gate_up"]
+        inner = ops.gated_linear(residual, gate_up, function, bias("gate_up"), norm("mlp_norm"))
+        ops.linear_add(inner, p[at + "down"], residual, bias("down"))
+
     def _attention(
         self, index: int, layer: LayerSpec, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
     ) -> torch.Tensor:
+        at = f"layers.{index}."
+        mixed = self._mix(index, layer, self._linear(at + "qkv", x), batch, kv_cache)
+        return self._linear(at + "output", mixed)
+
+    def _mix(
+        self, index: int, layer: LayerSpec, qkv: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """Store the keys and values of a fused projection; what its queries find."""
         spec, at = self.spec, f"layers.{index}."
         group, plane = self._places[index]
         keys, values = kv_cache[plane]
-        qkv = self._linear(at + "qkv", x)
         rotation = None
         if layer.rope is not None:
             table = self._rope_tables[layer.rope]
@@ -140,8 +183,11 @@ class Decoder:
             batch.seq_lens,
             spec.attention_scale,
             self._variants[index],
+            num_decodes=batch.num_decodes,
+            max_query_len=batch.max_query_len,
+            work=batch.attention_work,
         )
-        return self._linear(at + "output", mixed.flatten(1))
+        return mixed.flatten(1)
 
     def _norm_queries_and_keys(self, at: str, qkv: torch.Tensor) -> None:
         """In place, before they are cut into heads, or each head by a layer norm."""
@@ -190,7 +236,7 @@ class Decoder:
         return ops.rms_norm(x, weight, spec.norm_eps, residual, offset=spec.norm_offset)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.parameters[name], self.parameters.get(name + ".bias"))
+        return self._product(x, self.parameters[name], self.parameters.get(name + ".bias"))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (float32) of some rows of `hidden`'s result."""
@@ -199,7 +245,7 @@ class Decoder:
     def raw_logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The last product [rows, vocab], in the model's type, into `out` where it is given."""
         output = self.parameters["embedding" if self.spec.tied_embeddings else "lm_head"]
-        return linear(x, output) if out is None else torch.mm(x, output.t(), out=out)
+        return self._product(x, output) if out is None else ops.linear(x, output, out=out)
 
     def finish_logits(self, raw: torch.Tensor) -> torch.Tensor:
         """Logits (float32) from rows of `raw_logits`: scaled and bounded as the model asks."""
@@ -209,6 +255,17 @@ class Decoder:
         if spec.logit_softcap:
             logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
         return logits
+
+
+def _is_plain(spec: DecoderSpec) -> bool:
+    """True for layers of the common kind: RMS norms before each half, gated and dense."""
+    return (
+        spec.placement == "pre"
+        and spec.norm == "rms"
+        and spec.residual_scale == 1.0
+        and spec.gated
+        and spec.moe is None
+    )
 
 
 def empty_parameters(spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device) -> Parameters:

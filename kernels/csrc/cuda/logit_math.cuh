@@ -1,0 +1,95 @@
+// Single instructions that C++ has no name for (PTX ISA: "max.NaN", "ex2", "lg2", "ld.global").
+#pragma once
+
+#include "cuda/sampling.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace octavo::cuda {
+
+__device__ __forceinline__ float exp2_quick(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+__device__ __forceinline__ float log2_quick(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The larger, and NaN if one is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// Logits are read in sixteen bytes, past the first-level cache: nobody reads them again soon.
+__device__ __forceinline__ uint4 load_vector(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+// Two numbers of a half-width type in one register, the lower half first.
+template <typename T>
+struct Pair;
+
+template <>
+struct Pair<__nv_bfloat16> {
+  static constexpr uint16_t kLowest = 0xff80;  // -infinity
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+  }
+  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+  }
+  static __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+  static __device__ __forceinline__ float high(uint32_t pair) {
+    return __uint_as_float(pair & 0xffff0000u);
+  }
+};
+
+template <>
+struct Pair<__half> {
+  static constexpr uint16_t kLowest = 0xfc00;
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+  }
+  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+  }
+  static __device__ __forceinline__ float low(uint32_t pair) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+  }
+  static __device__ __forceinline__ float high(uint32_t pair) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+  }
+};
+
+// Bits that are ordered as the numbers are; the two zeros are one.
+__device__ __forceinline__ uint32_t ordered(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float from_ordered(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+}  // namespace octavo::cuda

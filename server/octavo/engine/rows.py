@@ -1,0 +1,302 @@
+"""Which sequence stands in which row of the device's tables, and what has to be sent there.
+
+All that a step needs to know of its sequences lies in one array of 32-bit words on the device
+(`StateLayout`). The device itself moves a row on by what it ran and by what it drew, so a row that
+only decodes costs the host nothing; what changes otherwise is sent as stretches of words. Here it
+is decided what those are; no tensors, no device.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from octavo.core.sequence import blocks_for
+from octavo.core.step import PENDING, ScheduledSequence, StepPlan
+from octavo.engine.sampler import draw_stream
+from octavo_kernels.record import FLAG_SAMPLES, FLAG_WRITES, RECORD, RECORD_WORDS
+
+# A stretch of words: where they go, and what they are.
+Stretch = tuple[int, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Where things lie in the device's array of int32 words.
+
+    `records`: RECORD_WORDS for each row. `tables`: each row's block table, one entry for each
+    `block_size` tokens and KV group. Then what only the step at hand needs: `batch`, the row of
+    each sequence of the batch or -1; `token_at`, where its tokens begin in `chunk`, or -1 for the
+    one token in its record; `query_start`, as in `Batch`; `chunk`, tokens that the host sends.
+    """
+
+    max_rows: int
+    table_width: int
+    max_tokens: int
+
+    @cached_property
+    def tables(self) -> int:
+        """First word of the block tables."""
+        return self.max_rows * RECORD_WORDS
+
+    @cached_property
+    def batch(self) -> int:
+        """First word of the rows in the batch."""
+        return self.tables + self.max_rows * self.table_width
+
+    @cached_property
+    def token_at(self) -> int:
+        """First word of the places of the tokens."""
+        return self.batch + self.max_rows
+
+    @cached_property
+    def query_start(self) -> int:
+        """First word of the ends of queries; one more than rows."""
+        return self.token_at + self.max_rows
+
+    @cached_property
+    def chunk(self) -> int:
+        """First word of the tokens sent."""
+        return self.query_start + self.max_rows + 1
+
+    @cached_property
+    def num_words(self) -> int:
+        """Words in all."""
+        return self.chunk + self.max_tokens
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """One step as the device sees it.
+
+    The batch is the plan's rows, then its chunks of one token, then the longer ones; the first
+    `num_decodes` sequences have one token each. `drawn` are the places in the batch of what the
+    plan wants tokens of, and `prompt_rows` those of the tokens whose logits are wanted for the
+    log-probabilities of prompts, in the plan's order. `sent` has to be on the device before.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    num_decodes: int
+    max_query_len: int
+    drawn: Sequence[int] = ()
+    sent: list[Stretch] = field(default_factory=list)
+    prompt_rows: list[int] = field(default_factory=list)
+
+    @property
+    def has_chunks(self) -> bool:
+        """True when the step is more than one token and one row of logits for each sequence."""
+        return self.max_query_len > 1 or bool(self.prompt_rows)
+
+
+@dataclass(slots=True)
+class _Row:
+    index: int
+    table: list[int]
+
+
+class RowTable:
+    """The host's picture of the device's rows, brought forward by one plan after another.
+
+    `seed` is the engine's. A row is free again as soon as a plan lacks its sequence: the device
+    runs the steps in order, so those in flight have read it when it is written again.
+    """
+
+    def __init__(self, layout: StateLayout, block_size: int, seed: int, groups: int = 1) -> None:
+        self._layout = layout
+        self._block_size = block_size
+        self._groups = groups
+        self._seed = seed
+        self._rows: dict[int, _Row] = {}
+        self._free = list(range(layout.max_rows - 1, -1, -1))
+        self._decoding: dict[int, int] = {}  # sequence id to row index, in the batch's order
+        self._chunks: dict[int, bool] = {}  # of the last plan: sequence id to whether it drew
+        self._batch: list[int] = []  # as it is on the device
+
+    def advance(self, plan: StepPlan) -> StepInputs:
+        """What the plan needs; the picture afterwards is that of the device after the step.
+
+        Raises `RuntimeError` where the plan does not follow from the one before, and `ValueError`
+        where a sequence is beyond its block table.
+        """
+        sent: list[Stretch] = []
+        drew = self._forget(plan)
+        for share in plan.rows.joined:
+            self._decoding[share.seq_id] = self._place(share, sent, drew)
+        for seq_id, block in plan.rows.grown:
+            row = self._rows[seq_id]
+            sent.append((self._table(row) + len(row.table), (block,)))
+            row.table.append(block)
+        if len(self._decoding) != plan.rows.count:
+            raise RuntimeError(
+                f"the plan has {plan.rows.count} rows, but {len(self._decoding)} follow from the "
+                "plan before"
+            )
+        self._chunks = {share.seq_id: share.samples for share in plan.chunks}
+        if not plan.chunks:
+            if plan.rows.left or plan.rows.joined or len(self._batch) != plan.rows.count:
+                self._arrange(list(self._decoding.values()), sent)
+            count = plan.rows.count
+            return StepInputs(count, count, count, 1, range(count), sent)
+        return self._with_chunks(plan, sent, drew)
+
+    def row_of(self, seq_id: int) -> int:
+        """The row of a sequence of the last plan."""
+        return self._rows[seq_id].index
+
+    def token_word(self, seq_id: int) -> int:
+        """Where the newest token of a sequence of the last plan lies."""
+        return self.row_of(seq_id) * RECORD_WORDS + RECORD["token"]
+
+    def _forget(self, plan: StepPlan) -> dict[int, bool]:
+        """Free the rows of those that are in the plan no more; who drew in the plan before."""
+        staying = {share.seq_id for share in plan.chunks}
+        staying.update(share.seq_id for share in plan.rows.joined)
+        drew, rows = self._chunks, plan.rows
+        left: Iterable[int] = rows.left
+        if len(rows.joined) == rows.count:
+            left = tuple(self._decoding)  # also those that another scheduler left behind
+        for seq_id in left:
+            if seq_id not in self._decoding:
+                raise RuntimeError(f"sequence {seq_id} left the rows, but was not among them")
+            del self._decoding[seq_id]
+            drew[seq_id] = True
+        for seq_id in drew.keys() - staying:
+            self._free.append(self._rows.pop(seq_id).index)
+        return drew
+
+    def _place(self, share: ScheduledSequence, sent: list[Stretch], drew: dict[int, bool]) -> int:
+        """Send what the device does not know of a sequence; its row."""
+        count, pending = len(share.token_ids), share.token_ids[-1] == PENDING
+        entries = blocks_for(share.start + count, self._block_size) * self._groups
+        if not entries <= len(share.block_table) <= self._layout.table_width:
+            raise ValueError(
+                f"sequence {share.seq_id} has a block table of {len(share.block_table)} entries; "
+                f"{share.start + count} tokens need {entries} and {self._layout.table_width} is "
+                "the most"
+            )
+        row = self._rows.get(share.seq_id)
+        if row is None:
+            if not self._free:
+                raise RuntimeError(f"more than {self._layout.max_rows} sequences in one step")
+            row = self._rows[share.seq_id] = _Row(self._free.pop(), [])
+        if pending and not drew.get(share.seq_id, False):
+            raise RuntimeError(
+                f"sequence {share.seq_id} waits for a token that the plan before does not draw"
+            )
+        record = self._record(share)
+        at = row.index * RECORD_WORDS
+        # The token on its way is the first word: it is there already, or soon.
+        sent.append((at + 1, record[1:]) if pending else (at, record))
+        same = _common(row.table, share.block_table)
+        if same < len(share.block_table):
+            sent.append((self._table(row) + same, share.block_table[same:]))
+        row.table = list(share.block_table)
+        return row.index
+
+    def _record(self, share: ScheduledSequence) -> tuple[int, ...]:
+        p = share.params
+        stream = draw_stream(p, self._seed, share.seq_id, share.branch)
+        flags = FLAG_SAMPLES * share.samples | FLAG_WRITES * share.writes
+        head = (share.token_ids[-1], share.start, share.num_generated, flags)
+        top_k = min(p.top_k, 2**31 - 1)
+        packed = struct.pack("<4iQfiff", *head, stream, p.temperature, top_k, p.top_p, p.min_p)
+        words = struct.unpack(f"<{len(packed) // 4}i", packed)
+        return (*words, *(0,) * (RECORD_WORDS - len(words)))
+
+    def _table(self, row: _Row) -> int:
+        return self._layout.tables + row.index * self._layout.table_width
+
+    def _arrange(self, batch: list[int], sent: list[Stretch]) -> None:
+        """Send the rows of the batch; behind them nothing is left of a larger one."""
+        padding = [-1] * (len(self._batch) - len(batch))
+        sent.append((self._layout.batch, batch + padding))
+        self._batch = batch
+
+    def _with_chunks(
+        self, plan: StepPlan, sent: list[Stretch], drew: dict[int, bool]
+    ) -> StepInputs:
+        count = plan.rows.count
+        order = sorted(range(len(plan.chunks)), key=lambda i: len(plan.chunks[i].token_ids) > 1)
+        batch = list(self._decoding.values())
+        starts, token_at, tokens = list(range(count + 1)), [-1] * count, list[int]()
+        places = [0] * len(order)
+        for i in order:
+            share = plan.chunks[i]
+            places[i] = len(batch)
+            batch.append(self._place(share, sent, drew))
+            size = len(share.token_ids)
+            starts.append(starts[-1] + size)
+            token_at.append(-1 if size == 1 else len(tokens))
+            if size > 1:
+                tokens += share.token_ids
+        if starts[-1] > self._layout.max_tokens:
+            raise RuntimeError(
+                f"a step of {starts[-1]} tokens; {self._layout.max_tokens} is the most"
+            )
+        self._arrange(batch, sent)
+        prompt_rows = [
+            starts[place] + row
+            for place, share in zip(places, plan.chunks, strict=True)
+            for row in share.prompt_logprob_rows
+        ]
+        if tokens or prompt_rows:
+            sent += [
+                (self._layout.query_start, starts),
+                (self._layout.token_at, token_at),
+                (self._layout.chunk, tokens),
+            ]
+        return StepInputs(
+            num_sequences=len(batch),
+            num_tokens=starts[-1],
+            num_decodes=sum(1 for at in token_at if at < 0),
+            max_query_len=max(len(share.token_ids) for share in plan.chunks),
+            drawn=[*range(count), *(places[i] for i, s in enumerate(plan.chunks) if s.samples)],
+            sent=sent,
+            prompt_rows=prompt_rows,
+        )
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many leading entries are the same; tables mostly differ by growth alone."""
+    shorter = min(len(left), len(right))
+    if left[:shorter] == right[:shorter]:
+        return shorter
+    return next(i for i in range(shorter) if left[i] != right[i])
+
+
+def messages(sent: Iterable[Stretch], capacity: int) -> list[np.ndarray]:
+    """The stretches as messages of at most `capacity` words; see `batch_state.apply_updates`.
+
+    A message is the number of stretches, then of each where it goes, its length and where in the
+    message it is, then their words.
+    """
+    found, part, used = list[np.ndarray](), list[Stretch](), 1
+    for to, words in sent:
+        done = 0
+        while done < len(words):
+            room = capacity - used - 3
+            if room < 1:
+                found.append(_message(part))
+                part, used = [], 1
+                continue
+            piece = words[done : done + room]
+            part.append((to + done, piece))
+            used += 3 + len(piece)
+            done += len(piece)
+    if part:
+        found.append(_message(part))
+    return found
+
+
+def _message(part: list[Stretch]) -> np.ndarray:
+    head, body = [len(part)], list[int]()
+    begin = 1 + 3 * len(part)
+    for to, words in part:
+        head += (to, len(words), begin + len(body))
+        body += words
+    return np.array(head + body, dtype=np.int32)
