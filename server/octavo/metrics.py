@@ -165,6 +165,11 @@ class _EngineCollector(Collector):
             "Share of KV blocks in use, 0..1.",
             load.kv_utilization if load else 0,
         )
+        yield self._gauge(
+            "vllm:cpu_cache_usage_perc",
+            "Share of the swap space in use, 0..1.",
+            load.host_blocks_used / load.host_blocks if load and load.host_blocks else 0,
+        )
         yield self._counter(
             "vllm:num_preemptions", "Sequences preempted.", load.preemptions if load else 0
         )
@@ -224,6 +229,12 @@ class _EngineCollector(Collector):
                 "octavo_step_budget_utilization",
                 "Share of a step's token budget in use, 0..1.",
                 load.step_budget_used,
+            )
+            yield self._counter(
+                "octavo_swapped_out_blocks", "KV blocks copied to host memory.", load.swapped_out
+            )
+            yield self._counter(
+                "octavo_swapped_in_blocks", "KV blocks copied back.", load.swapped_in
             )
             yield self._counter("octavo_preemptions", "Sequences preempted.", load.preemptions)
             yield self._gauge(

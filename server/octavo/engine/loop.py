@@ -213,6 +213,7 @@ class EngineLoop:
         scheduler, rates = self.scheduler, self._rates
         counts, counters = scheduler.pool.counts, scheduler.counters
         waiting = scheduler.waiting_totals
+        swap = scheduler.swap
         demand = forecast.demand_blocks(
             scheduler.running,
             waiting,
@@ -247,6 +248,10 @@ class EngineLoop:
             prefix_cache_queries=scheduler.prefix_cache.counters.queries,
             prefix_cache_hits=scheduler.prefix_cache.counters.hits,
             last_activity=self._last_activity,
+            swapped_out=0 if swap is None else swap.blocks_out,
+            swapped_in=0 if swap is None else swap.blocks_in,
+            host_blocks_used=0 if swap is None else swap.pool.counts.active,
+            host_blocks=0 if swap is None else swap.pool.num_blocks,
         )
 
 

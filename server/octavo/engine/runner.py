@@ -159,7 +159,6 @@ class Runner:
         )
         self._progress("cache", 1.0)
 
-    @torch.inference_mode()
     def allocate_swap(self, num_blocks: int) -> float:
         """Make room for so many blocks in host memory; return the seconds that copying one takes.
 

@@ -27,6 +27,7 @@ class HostBlocks:
         on_gpu = kv_cache.device.type == "cuda"
         self._host = torch.empty(shape, dtype=kv_cache.dtype, pin_memory=on_gpu)
 
+    @torch.inference_mode()
     def run(self, plan: StepPlan) -> None:
         """The step's copies, out before in: what one needs the other may free. On this stream."""
         if plan.swap_out:
