@@ -11,7 +11,16 @@ from functools import partial
 
 import torch
 from record import ROUNDS, Figure, Part, interleaved
-from simulation import BLOCK_SIZE, VOCAB_SIZE, Census, Size, make_scheduler, plain, run
+from simulation import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    VOCAB_SIZE,
+    Census,
+    Size,
+    make_scheduler,
+    plain,
+    run,
+)
 from workloads import ALPACA, SHAREGPT, Shape, draw, means
 
 from octavo import wire
@@ -19,6 +28,7 @@ from octavo.core.step import StepPlan, StepResult
 from octavo.engine.batch import build_batch
 from octavo.engine.eager import draw_of
 from octavo.engine.loop import EngineLoop
+from octavo.engine.rows import RowTable, StateLayout, messages
 from octavo.params import SamplingParams
 
 WIDTHS = (2, 4, 6)
@@ -31,6 +41,7 @@ PAPER = {
 }
 RUNNING = (64, 256, 512)
 HOST_STEPS = 40
+MOST_TOKENS = 16_384
 
 
 def waste(requests: int) -> Part:
@@ -116,6 +127,8 @@ def _saved(
 class QuickDevice:
     """The least that can be had of a device, so that its own time is none."""
 
+    depth = 1
+
     def submit(self, plan: StepPlan) -> StepResult:
         return StepResult([1] * plan.num_samples)
 
@@ -123,8 +136,8 @@ class QuickDevice:
         return step
 
 
-class PreparingDevice(QuickDevice):
-    """Also makes a step's arrays and the keys of its draws, as the runner does on the host."""
+class HostArrays(QuickDevice):
+    """Also makes a step's arrays and what its draws need, as the runner does for a CPU."""
 
     def submit(self, plan: StepPlan) -> StepResult:
         build_batch(plan, BLOCK_SIZE, torch.device("cpu"))
@@ -133,12 +146,26 @@ class PreparingDevice(QuickDevice):
         return super().submit(plan)
 
 
+class DeviceRows(QuickDevice):
+    """Also makes the message that tells a GPU what has changed; two steps are in flight."""
+
+    depth = 2
+
+    def __init__(self) -> None:
+        layout = StateLayout(RUNNING[-1], MAX_MODEL_LEN // BLOCK_SIZE, MOST_TOKENS)
+        self._rows = RowTable(layout, BLOCK_SIZE, 0)
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        messages(self._rows.advance(plan).sent, MOST_TOKENS)
+        return super().submit(plan)
+
+
 class HostTime:
     """A full batch that decodes; a call takes some steps and gives seconds for each."""
 
     def __init__(self, running: int, device: QuickDevice) -> None:
-        size = Size(max_num_seqs=running, max_num_batched_tokens=16_384, num_blocks=65_536)
-        self._loop = EngineLoop(make_scheduler(size), device)
+        size = Size(max_num_seqs=running, max_num_batched_tokens=MOST_TOKENS, num_blocks=65_536)
+        self._loop = EngineLoop(make_scheduler(size), device, depth=device.depth)
         # Far from their ends for the whole measurement, and out of step with each other.
         for index, one in enumerate(draw(SHAREGPT, running, VOCAB_SIZE)):
             self._loop.add(wire.AddRequest(str(index), one.prompt, plain(2048)))
@@ -157,26 +184,44 @@ class HostTime:
         return statistics.fmean(seconds)
 
 
+# What is measured: a name, and the device whose share of the host's work is counted.
+CONTENDERS = {"loop": QuickDevice, "gpu": DeviceRows, "cpu": HostArrays}
+NAMES = {
+    "loop": "loop alone",
+    "gpu": "loop, two deep, and a GPU's rows",
+    "cpu": "loop and a CPU's arrays",
+}
+HOST_BARS = {("gpu", 256): 0.3, ("cpu", 256): 1.0}
+
+
 def host(_requests: int) -> Part:
     """Milliseconds of the host in a step that decodes, by the number of running sequences."""
-    contenders: dict[str, Callable[[], float]] = {}
-    for running in RUNNING:
-        contenders[f"{running} loop"] = HostTime(running, QuickDevice())
-        contenders[f"{running} all"] = HostTime(running, PreparingDevice())
+    contenders: dict[str, Callable[[], float]] = {
+        f"{running} {kind}": HostTime(running, device())
+        for running in RUNNING
+        for kind, device in CONTENDERS.items()
+    }
     found = interleaved(contenders)
     ms = {name: statistics.median(values) * 1000 for name, values in found.items()}
-    figures = []
-    for running in RUNNING:
-        bar = 1.0 if running == 256 else None
-        for kind, name in (("all", "loop and arrays"), ("loop", "loop alone")):
-            value = ms[f"{running} {kind}"]
-            figures.append(Figure(f"{running} running: {name}", value, "ms", bar))
+    figures = [
+        Figure(
+            f"{running} running: {NAMES[kind]}",
+            ms[f"{running} {kind}"],
+            "ms",
+            HOST_BARS.get((kind, running)),
+        )
+        for running in RUNNING
+        for kind in CONTENDERS
+    ]
     first, last = RUNNING[0], RUNNING[-1]
-    growth = math.log(ms[f"{last} all"] / ms[f"{first} all"]) / math.log(last / first)
-    figures.append(Figure(f"growth from {first} to {last}, as an exponent", growth, "", 1.05))
+    for kind in ("gpu", "cpu"):
+        growth = math.log(ms[f"{last} {kind}"] / ms[f"{first} {kind}"]) / math.log(last / first)
+        name = f"{NAMES[kind]}: growth from {first} to {last}, as an exponent"
+        figures.append(Figure(name, growth, "", 1.05))
     details = {
         "loop": "plan, commit and outputs of EngineLoop.step",
-        "arrays": "build_batch and the keys of the draws, as in Runner.execute",
+        "gpu": "with RowTable.advance and messages, all that the host does before a step's graph",
+        "cpu": "with build_batch and the keys of the draws, as in EagerSteps",
         "steps": HOST_STEPS,
         "rounds": ROUNDS,
         "ms_by_round": {name: [round(v * 1000, 4) for v in vs] for name, vs in found.items()},

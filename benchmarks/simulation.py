@@ -22,6 +22,7 @@ from octavo.params import SamplingParams
 
 VOCAB_SIZE = 32_000
 BLOCK_SIZE = 16
+MAX_MODEL_LEN = 4096
 # How sure the device that computes nothing is of its next token: the spread of its logits, about
 # that of a language model's best few.
 _LOGIT_SPREAD = 2.0
@@ -72,7 +73,7 @@ class Size:
 def make_scheduler(size: Size) -> Scheduler:
     limits = Limits(
         block_size=size.block_size,
-        max_model_len=4096,
+        max_model_len=MAX_MODEL_LEN,
         max_num_seqs=size.max_num_seqs,
         max_num_batched_tokens=size.max_num_batched_tokens,
         vocab_size=VOCAB_SIZE,

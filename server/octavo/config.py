@@ -24,6 +24,7 @@ GENERATION_CONFIGS = ("auto", "vllm")
 SOURCES = ("auto", "hub", "modelscope", "path")
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+_TOKEN_BUDGETS = {"cpu": 512, "cuda": 2048}
 PROC_CGROUP = Path("/proc/self/cgroup")
 
 
@@ -92,6 +93,11 @@ class ServeConfig:
     def source(self) -> str:
         """Where the model comes from: auto, hub, modelscope or path."""
         return self.engine.source
+
+
+def token_budget(asked: int | None, device_type: str) -> int:
+    """Tokens of one step: what was asked for, else what suits the device."""
+    return asked or _TOKEN_BUDGETS[device_type]
 
 
 class Parser(argparse.ArgumentParser):

@@ -72,7 +72,9 @@ class Outputs(msgspec.Struct, tag="out", frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    """Engine → API while starting. `phase`: import | fetch | check | weights | cache | warmup."""
+    """Engine → API while starting. `phase`: import | fetch | check | weights | device |
+    cache | warmup; device is a GPU's alone.
+    """
 
     phase: str
     ratio: float

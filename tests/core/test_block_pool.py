@@ -1,5 +1,6 @@
 """The block pool against a model that is nothing but the tables themselves."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -7,7 +8,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from octavo.core.block_pool import NO_BLOCK, NULL_BLOCK, BlockPool, IntegrityError, OutOfBlocksError
+from octavo.core.block_pool import (
+    AUDIT_TURN,
+    NO_BLOCK,
+    NULL_BLOCK,
+    BlockPool,
+    IntegrityError,
+    OutOfBlocksError,
+)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -205,6 +213,19 @@ def publish_a_free_block(pool, tables):
     block = pool._free[0]
     key = (b"", b"x", 0)
     pool._by_key[key], pool._key_of[block] = block, key
+
+
+def test_the_check_of_a_large_pool_comes_in_many_turns():
+    pool = BlockPool(10 * AUDIT_TURN)
+    held = pool.allocate(4 * AUDIT_TURN)
+    for block in held:
+        pool.publish(block, (b"", block.to_bytes(4), 0))
+    pool.release(held[AUDIT_TURN:])
+    # Every block, each that is in a list, each that can be found.
+    assert 10 + 9 + 4 <= sum(1 for _ in pool.audit([held[:AUDIT_TURN]])) <= 10 + 9 + 4 + 5
+    turns = pool.audit([held[: AUDIT_TURN - 1]])
+    with pytest.raises(IntegrityError):
+        next(itertools.islice(turns, 9, None))
 
 
 DAMAGE = (

@@ -1,5 +1,7 @@
 """Several samples of one request: one prompt, shared blocks, copies on the first write."""
 
+from dataclasses import replace
+
 import pytest
 from fake_runner import FakeRunner, next_token
 
@@ -147,6 +149,41 @@ def test_a_rebuilt_group_shares_its_prompt_again():
     assert engine.finish()["b", 2] == sample(TEXT[20:30], 2, 12)
     # The prompt ran once, and of each sample all but the last token.
     assert engine.computed - before == 10 + 3 * 11
+
+
+def test_each_branch_of_a_rebuilt_group_finds_what_is_left_of_its_blocks():
+    engine = Engine(blocks=14)
+    engine.add("a", TEXT[:8], n=1, max_tokens=40)
+    engine.add("b", TEXT[20:30], n=3, max_tokens=12)
+    while not engine.scheduler.counters.preemptions:
+        engine.step()
+    engine.scheduler.abort("a")
+    drawn = len(engine.outputs["b", 0])
+    assert drawn >= 3, "or no block is full but those of the prompt"
+    before = engine.computed
+    assert engine.finish()["b", 2] == sample(TEXT[20:30], 2, 12)
+    # Of each sample what is yet to be drawn, and at most a block that was not full or was taken.
+    assert engine.computed - before <= 3 * (12 - drawn) + 4 * 4
+
+
+def test_a_rebuilt_group_never_holds_a_second_copy_of_its_prompt(monkeypatch):
+    """The pool was promised to hold it with one; with more it might wait for blocks for ever."""
+    engine = Engine(blocks=14)
+    engine.add("a", TEXT[:8], n=1, max_tokens=40)
+    engine.add("b", TEXT[20:30], n=3, max_tokens=12)
+    while not engine.scheduler.counters.preemptions:
+        engine.step()
+    engine.scheduler.abort("a")
+    cache, real = engine.scheduler.prefix_cache, engine.scheduler.prefix_cache.find
+
+    def others(sequence, joined_at=None):
+        found = real(sequence, joined_at)
+        return replace(found, table=found.table[::-1]) if sequence.branch else found
+
+    monkeypatch.setattr(cache, "find", others)
+    wanted = {("b", b): sample(TEXT[20:30], b, 12) for b in range(3)}
+    outputs = engine.finish()
+    assert {key: outputs[key] for key in wanted} == wanted
 
 
 def test_samples_end_one_by_one_and_give_their_blocks_back():

@@ -112,8 +112,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.booleans(),
         depth=st.sampled_from([1, 2, 2]),
+        hopeful=st.booleans(),
     )
-    def make(self, block_size, num_blocks, budget, seqs, policy, caching, depth):
+    def make(self, block_size, num_blocks, budget, seqs, policy, caching, depth, hopeful):
         limits = Limits(
             block_size=block_size,
             max_model_len=CONTEXT,
@@ -127,6 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.limits = limits
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(self.pool, PolicyFactory.get_policy(policy), limits)
+        self.hopeful = hopeful
         self.runner = BeamRunner(
             "", device="cpu", dtype="", max_model_len=CONTEXT, block_size=block_size,
             progress=lambda *_: None,
@@ -194,6 +196,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.collect()
 
     def submit(self):
+        if self.hopeful:  # that none of them grows: many are let in, and many preempted
+            self.scheduler.output_lengths.mean = 0
         before = {s.arrival for s in self.scheduler.running}
         plan = self.scheduler.plan()
         admitted = {s.arrival for s in self.scheduler.running} - before
@@ -229,6 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             sequence, size = running[share.seq_id], self.limits.block_size
             end = share.start + len(share.token_ids)
             assert share.token_ids
+            assert share.num_generated < sequence.max_new_tokens, "a known end is overrun"
             assert share.start + len(share.token_ids) == sequence.computed
             assert share.block_table == sequence.block_table
             assert len(share.block_table) == blocks_for(end, size)

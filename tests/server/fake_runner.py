@@ -5,6 +5,7 @@ block tables, so that a wrong table, start or slot changes the tokens that come 
 does, it takes what it needs when a step is submitted, and runs the steps later, in order.
 """
 
+import atexit
 import hashlib
 import itertools
 import time
@@ -13,6 +14,7 @@ from collections import deque
 import msgspec
 
 from octavo.core.step import PENDING, StepPlan, StepResult
+from octavo.errors import DeviceError
 
 EMPTY = -1
 
@@ -42,6 +44,9 @@ class FakeRunner:
         self.rows = RowMirror()
         progress("weights", 0.5)
         progress("weights", 1.0)
+
+    def prepare_one(self):
+        return False
 
     def free_memory_for_kv(self, gpu_memory_utilization):
         return int(2**20 * gpu_memory_utilization)
@@ -177,6 +182,31 @@ class BrokenRunner(FakeRunner):
         if self.steps == 9:
             raise RuntimeError("device fell off the bus")
         return super().run(plan)
+
+
+class LostDeviceRunner(FakeRunner):
+    """Loses its device at the tenth step; after that nothing about it ends in order."""
+
+    def run(self, plan):
+        if self.steps == 9:
+            atexit.register(time.sleep, 60)
+            raise DeviceError("it fell off the bus")
+        return super().run(plan)
+
+
+class PreparingRunner(FakeRunner):
+    """Has three things to prepare, and tells of each."""
+
+    prepared = 0
+
+    def __init__(self, *args, progress, **more):
+        super().__init__(*args, progress=progress, **more)
+        self.progress = progress
+
+    def prepare_one(self):
+        self.prepared += 1
+        self.progress(str(self.prepared), 0.0)
+        return self.prepared < 3
 
 
 def refusing(message_class="ModelError"):

@@ -82,6 +82,19 @@ def test_only_a_change_of_progress_counts(life: Lifecycle, clock: Clock) -> None
     assert life.start_stalled_for() == 0
 
 
+def test_the_start_s_seconds_are_told_by_phase(life: Lifecycle, clock: Clock) -> None:
+    clock.now += 2
+    life.on_progress(Progress("weights", 0.0))
+    clock.now += 3
+    life.on_progress(Progress("weights", 1.0))
+    assert life.start_seconds == {"import": 2, "weights": 3}
+    life.on_progress(Progress("warmup", 0.0))
+    clock.now += 0.5
+    life.on_ready(READY)
+    clock.now += 100
+    assert life.start_seconds == {"import": 2, "weights": 3, "warmup": 0.5}
+
+
 def test_hung_means_work_and_no_step(life: Lifecycle, clock: Clock) -> None:
     ready(life)
     clock.now += 1000
@@ -191,7 +204,9 @@ def test_the_api_answers_before_the_engine_is_up(tmp_path: Path) -> None:
         eventually(lambda: "0.25" in server.http.get("/startupz").text, what="progress")
         starting = server.http.get("/startupz")
         assert starting.status_code == 503
-        assert starting.json() == {"phase": "weights", "ratio": 0.25, "eta_s": 1.0}
+        report = starting.json()
+        assert report.pop("seconds").keys() == {"import", "weights"}
+        assert report == {"phase": "weights", "ratio": 0.25, "eta_s": 1.0}
         assert server.status("/readyz") == server.status("/health") == 503
         refused = server.http.post(TEXT, json={"prompt": "a"})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")

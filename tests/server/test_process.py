@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 import zmq
-from fake_runner import next_token
+from fake_runner import FakeRunner, next_token
 
 from octavo import wire
 from octavo.config import EngineConfig
+from octavo.core.block_pool import BlockPool
+from octavo.core.policy import PolicyFactory
+from octavo.core.request import Limits
+from octavo.core.scheduler import Scheduler
+from octavo.engine import process
+from octavo.engine.loop import EngineLoop
 from octavo.errors import ExitCode
 from octavo.params import SamplingParams
 
@@ -293,6 +299,66 @@ def test_a_runner_that_breaks_is_the_end_of_the_process(start):
     assert (failed.reason, failed.retryable) == ("EngineFailed", True)
     assert failed.message == "RuntimeError: device fell off the bus"
     assert engine.process.wait(5) == ExitCode.FAILED
+
+
+def test_a_lost_device_ends_the_process_without_waiting_for_it(start):
+    engine = start("LostDeviceRunner")
+    engine.until_type(wire.Ready)
+    engine.send(request("a", max_tokens=50))
+    failed = engine.until_type(wire.Failed)[-1]
+    assert (failed.reason, failed.message) == ("DeviceFailed", "it fell off the bus")
+    assert failed.retryable
+    assert engine.process.wait(5) == ExitCode.FAILED
+
+
+def test_idle_moments_prepare_for_steps_to_come(start):
+    engine = start("PreparingRunner")
+    engine.until_type(wire.Ready)
+    engine.until(lambda message: isinstance(message, wire.Progress) and message.phase == "3")
+    engine.send(request("a", max_tokens=5))
+    engine.finish(1)
+    engine.send(wire.Stop())
+    assert engine.process.wait(5) == ExitCode.OK
+
+
+class Script:
+    """A link whose messages come one by one, each a call; it tells what the server was doing."""
+
+    def __init__(self, *messages):
+        self.messages = list(messages)
+        self.checking = []
+
+    def receive(self, timeout_s):
+        self.checking.append(self.server._audit is not None)
+        message = self.messages.pop(0)
+        if message is not None and self.checking[-1]:
+            process.IDLE_LOAD_S = 1e9  # no other check begins
+        return [] if message is None else [message]
+
+    def send(self, message):
+        pass
+
+
+def test_a_check_in_turns_is_given_up_when_a_request_comes(monkeypatch):
+    """What was counted before a request is not true after it."""
+    monkeypatch.setattr(process, "IDLE_LOAD_S", 0.0)
+    limits = Limits(
+        block_size=4, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64, vocab_size=97,
+        eos_token_ids=frozenset(),
+    )  # fmt: skip
+    runner = FakeRunner(
+        "", device="cpu", dtype="", max_model_len=64, block_size=4, progress=lambda *_: None
+    )
+    runner.allocate_kv(20_001)
+    scheduler = Scheduler(BlockPool(20_000), PolicyFactory.get_policy("fcfs"), limits)
+    first, second = (
+        wire.AddRequest(name, [5] * 9, SamplingParams(max_tokens=1)) for name in ("a", "b")
+    )
+    link = Script(first, None, None, None, second, None, None, wire.Stop())
+    link.server = process.Server(EngineLoop(scheduler, runner), link, os.getppid())
+    link.server.run()
+    assert sum(1 for _ in scheduler.audit()) > 8, "or it is over before the second request comes"
+    assert link.checking == [False, True, True, True, True, False, False, False]
 
 
 def test_a_lost_block_is_found_when_the_engine_is_idle(start):

@@ -30,7 +30,8 @@ class Lifecycle:
         self.failure: Failed | None = None
         self.load: Load | None = None
         self._text_ready = False
-        self._progress_at = clock()
+        self._seconds: dict[str, float] = {}
+        self._phase_at = self._progress_at = clock()
         self._load_at = clock()
         self._alive_at = clock()
         self._in_flight = 0
@@ -39,10 +40,27 @@ class Lifecycle:
         """Note a step of the start; only a change counts against a stall."""
         if (progress.phase, progress.ratio) != (self.progress.phase, self.progress.ratio):
             self._progress_at = self._clock()
+        if progress.phase != self.progress.phase:
+            self._end_phase()
         self.progress = progress
+
+    def _end_phase(self) -> None:
+        now, phase = self._clock(), self.progress.phase
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._phase_at
+        self._phase_at = now
+
+    @property
+    def start_seconds(self) -> dict[str, float]:
+        """What the start has taken so far, by phase."""
+        seconds = dict(self._seconds)
+        if self.engine is None:
+            phase = self.progress.phase
+            seconds[phase] = seconds.get(phase, 0.0) + self._clock() - self._phase_at
+        return {phase: round(taken, 3) for phase, taken in seconds.items()}
 
     def on_ready(self, engine: Ready) -> None:
         """The engine produced a real token."""
+        self._end_phase()
         self.engine = engine
         self.progress = Progress(self.progress.phase, ratio=1.0, eta_s=0.0)
         self._progress_at = self._clock()

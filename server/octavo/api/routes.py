@@ -133,7 +133,8 @@ def _add_probes(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/startupz", response_model=None)
     async def startupz() -> Response:
-        return _json(progress_report(life), 503 if life.state is State.STARTING else 200)
+        report = progress_report(life) | {"seconds": life.start_seconds}
+        return _json(report, 503 if life.state is State.STARTING else 200)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:

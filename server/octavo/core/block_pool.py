@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 NULL_BLOCK = 0
 # In a table: no block, where a sliding window has left one behind. Sharing and releasing a table
 # pass over it.
 NO_BLOCK = -1
+# Blocks that are checked at a time: a quarter of a millisecond.
+AUDIT_TURN = 2048
 
 # What a full block holds: the digest of all that comes before it, its own token ids, packed, and
 # the group of layers. Equal keys are equal contents, from the first token on.
@@ -182,32 +184,57 @@ class BlockPool:
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise `IntegrityError` unless the counts equal what `tables`, all tables there are, hold.
 
-        O(blocks): for tests and for an engine with nothing to do.
+        O(blocks), at once: for tests. An engine with nothing to do takes `audit`.
         """
+        for _ in self.audit(tables):
+            pass
+
+    def audit(self, tables: Iterable[Sequence[int]]) -> Iterator[None]:
+        """The same in turns, each bounded whatever the pool's size; nothing may change between."""
         held = Counter(block for table in tables for block in table)
         held.pop(NO_BLOCK, None)
-        for block in range(self.num_blocks + 1):
-            if held[block] != self._references[block]:
+        unused = 0
+        for block, references in enumerate(self._references):
+            if held.get(block, 0) != references:
                 raise IntegrityError(
-                    f"block {block} has {self._references[block]} references "
-                    f"and is in {held[block]} tables"
+                    f"block {block} has {references} references and is in {held[block]} tables"
                 )
-        unused = {block for block in range(1, self.num_blocks + 1) if not held[block]}
-        listed = [*self._free, *self._never_found, *self._found_before]
-        if len(listed) != len(unused) or set(listed) != unused:
-            raise IntegrityError(f"{len(listed)} free blocks listed, {len(unused)} unused")
+            unused += not references
+            if block % AUDIT_TURN == 0:
+                yield
         shared = sum(1 for references in held.values() if references > 1)
         if shared != self._shared:
             raise IntegrityError(f"{self._shared} blocks counted as shared, {shared} are")
-        self._check_contents()
+        # The null block is in no table and in no list.
+        yield from self._audit_lists(unused - 1)
+        yield from self._audit_contents()
 
-    def _check_contents(self) -> None:
-        if {block: key for key, block in self._by_key.items()} != self._key_of:
-            raise IntegrityError("blocks by content and contents by block differ")
-        for block in self._free:
-            if block in self._key_of or self._found[block]:
-                raise IntegrityError(f"block {block} is listed as free and can be found")
-        for queue, found in ((self._never_found, False), (self._found_before, True)):
-            for block in queue:
-                if block not in self._key_of or self._found[block] is not found:
-                    raise IntegrityError(f"block {block} is cached in the wrong queue")
+    def _audit_lists(self, unused: int) -> Iterator[None]:
+        """Each block without references is in one list, and in the right one."""
+        if self.num_free != unused:
+            raise IntegrityError(f"{self.num_free} free blocks listed, {unused} unused")
+        listed = bytearray(self.num_blocks + 1)
+        queues = ((self._free, None), (self._never_found, False), (self._found_before, True))
+        for queue, found in queues:
+            for index, block in enumerate(queue):
+                if listed[block] or self._references[block] or block == NULL_BLOCK:
+                    raise IntegrityError(f"block {block} is listed as free twice, or is not free")
+                listed[block] = True
+                if (block in self._key_of) is (found is None) or self._found[block] is not bool(
+                    found
+                ):
+                    raise IntegrityError(f"block {block} is in the wrong list")
+                if index % AUDIT_TURN == 0:
+                    yield
+
+    def _audit_contents(self) -> Iterator[None]:
+        """Blocks and their contents belong together, one to one."""
+        if len(self._by_key) != len(self._key_of):
+            raise IntegrityError(
+                f"{len(self._key_of)} published blocks and {len(self._by_key)} contents"
+            )
+        for index, (block, key) in enumerate(self._key_of.items()):
+            if self._by_key.get(key) != block:
+                raise IntegrityError(f"block {block} cannot be found by its content")
+            if index % AUDIT_TURN == 0:
+                yield

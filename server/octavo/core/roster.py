@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from octavo.core.block_pool import NO_BLOCK, BlockPool
 from octavo.core.calendar import Calendar
@@ -157,9 +157,14 @@ class Roster:
             if not branch.follows
         )
 
-    def check_integrity(self) -> None:
-        """Raise `IntegrityError` unless every block is accounted for; O(blocks)."""
+    @property
+    def tables(self) -> Iterator[list[int]]:
+        """Every block table there is."""
         groups = self.by_request.values()
-        self.pool.check_integrity(b.block_table for group in groups for b in group.branches)
-        if self.swap is not None:
-            self.swap.pool.check_integrity(b.swapped for group in groups for b in group.branches)
+        return (branch.block_table for group in groups for branch in group.branches)
+
+    @property
+    def swapped(self) -> Iterator[list[int]]:
+        """Every table of blocks in host memory."""
+        groups = self.by_request.values()
+        return (branch.swapped for group in groups for branch in group.branches)

@@ -25,7 +25,7 @@ Invariants, in reading order:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -167,7 +167,8 @@ class Scheduler:
             complete = self._continue(group, draft)
             if not complete:
                 break
-        # Where blocks ran out just now, nobody is let in: least of all those who lost theirs.
+        # Where blocks ran out just now, nobody is let in: least of all those who lost theirs, some
+        # of whose tokens are still in flight.
         if complete and not draft.preempted:
             self._admit(draft)
         self._latest = self._finish_plan(draft)
@@ -241,8 +242,6 @@ class Scheduler:
         roster = self._roster
         while roster.waiting:
             group = roster.waiting.peek()
-            if any(branch.unread for branch in group.branches):
-                return  # it lost its blocks in this plan, and what it draws is in flight
             places = self.limits.max_num_seqs - self.num_running
             if group.width > min(places, draft.budget):
                 return
@@ -317,7 +316,9 @@ class Scheduler:
         return min(draft.budget, branch.pending - 1)
 
     def _join_rebuilt(self, group: Group, draft: _Draft) -> None:
-        """Let preempted branches go on from the prompt's end, where the lead is there again.
+        """Let preempted branches go on where the lead is at the prompt's end again.
+
+        From there, or from as far as their own blocks are still in the prefix cache.
 
         Before anything of the group is scheduled, so that whoever writes first sees the others.
         Until all have joined, a plan follows only when the step before has come back: what the lead
@@ -328,8 +329,17 @@ class Scheduler:
         if not lead.num_generated or not lost:
             return
         draft.alone = True
-        if lead.computed >= prompt:
-            for branch in lost:
+        if lead.computed < prompt:
+            return
+        common = prompt // self.kv.block_size
+        of_lead = lead.block_table[: common * self.kv.count]
+        for branch in lost:
+            found = self.prefix_cache.find(branch)
+            shared = zip(found.table, of_lead, strict=False)
+            # Never a second copy of the prompt: the pool was promised to hold the group with one.
+            if found.rows > common and all(own in (NO_BLOCK, block) for own, block in shared):
+                self.prefix_cache.attach(branch, found)
+            else:
                 self._join(branch, lead, prompt)
 
     def _join(self, branch: Sequence, lead: Sequence, computed: int) -> None:
@@ -494,4 +504,11 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every block is accounted for; O(blocks)."""
-        self._roster.check_integrity()
+        for _ in self.audit():
+            pass
+
+    def audit(self) -> Iterator[None]:
+        """The same in short turns, as long as nothing changes between them."""
+        yield from self.pool.audit(self._roster.tables)
+        if self.swap is not None:
+            yield from self.swap.pool.audit(self._roster.swapped)

@@ -59,6 +59,10 @@ class EagerSteps:
         self._drawn = dict(zip(sampling, result.tokens, strict=True))
         return Done(result)
 
+    def prepare_one(self) -> bool:
+        """Nothing to prepare."""
+        return False
+
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
         device = self._kv_cache.device

@@ -86,6 +86,7 @@ class CudaLane:
         self._computed = torch.cuda.Event()
         self._arrived = [torch.cuda.Event() for _ in range(2)]
         self._num_sent = self._num_fetched = 0
+        self.lost = False
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
@@ -115,11 +116,12 @@ class CudaLane:
         with torch.cuda.stream(self._back):
             here.copy_(numbers, non_blocking=True)
         self._arrived[slot].record(self._back)
-        return _Arriving(self._arrived[slot], here)
+        return _Arriving(self, self._arrived[slot], here)
 
 
 class _Arriving:
-    def __init__(self, arrived: torch.cuda.Event, numbers: torch.Tensor) -> None:
+    def __init__(self, lane: CudaLane, arrived: torch.cuda.Event, numbers: torch.Tensor) -> None:
+        self._lane = lane
         self._arrived = arrived
         self._numbers = numbers
 
@@ -129,7 +131,9 @@ class _Arriving:
             looks += 1
             if looks <= _EAGER_LOOKS:
                 continue
-            if time.monotonic() > deadline:
+            # Who waited in vain once does not wait again for what is behind.
+            if self._lane.lost or time.monotonic() > deadline:
+                self._lane.lost = True
                 raise DeviceError(
                     f"a step has not ended within {STEP_TIMEOUT_S:.0f} s: the GPU hangs or is "
                     "lost; see the driver's log (dmesg, Xid) and restart the pod"

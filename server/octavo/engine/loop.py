@@ -34,6 +34,10 @@ class StepRunner(Protocol):
         """Wait for the end of the step that was submitted first of those in flight."""
         ...
 
+    def prepare_one(self) -> bool:
+        """Prepare for one kind of step to come, in an idle moment; False when none is left."""
+        ...
+
 
 class RunnerError(RuntimeError):
     """The runner broke its contract; the engine cannot go on."""
@@ -98,6 +102,10 @@ class EngineLoop:
     def has_work(self) -> bool:
         """True while a step would do something."""
         return self.scheduler.has_work or bool(self._in_flight) or bool(self._outbox)
+
+    def prepare_one(self) -> bool:
+        """Use an idle moment to prepare for a step to come; False when nothing is left to do."""
+        return self._runner.prepare_one()
 
     def add(self, request: wire.AddRequest) -> None:
         """Queue a request, or give it its error."""

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import zmq
@@ -21,7 +21,7 @@ from octavo import wire
 from octavo.config import EngineConfig, Parser, limit_threads
 from octavo.engine.loop import EngineLoop
 from octavo.engine.startup import RUNNER, Reporter, start
-from octavo.errors import ExitCode, OctavoError
+from octavo.errors import DeviceError, ExitCode, OctavoError
 
 BUSY_LOAD_S = 0.05
 IDLE_LOAD_S = 1.0
@@ -79,6 +79,8 @@ class Server:
         self._last_load = float("-inf")
         self._was_busy = False
         self._unchecked = False
+        self._preparing = True
+        self._audit: Iterator[None] | None = None
 
     def run(self) -> None:
         """Serve until told to stop, or until the API process is gone."""
@@ -91,13 +93,17 @@ class Server:
                 self._take(message)
             self._step()
             self._report()
+            if not self._loop.has_work:
+                self._use_idle_moment()
 
     def _patience(self) -> float:
-        if self._loop.has_work:
+        if self._loop.has_work or self._preparing or self._audit is not None:
             return 0.0
         return max(0.0, self._last_load + IDLE_LOAD_S - time.monotonic())
 
     def _take(self, message: wire.AddRequest | wire.AbortRequest) -> None:
+        # Whatever was checked may change now.
+        self._audit, self._unchecked = None, True
         if isinstance(message, wire.AddRequest):
             self._loop.add(message)
         else:
@@ -119,10 +125,17 @@ class Server:
             return
         self._link.send(self._loop.load())
         self._last_load = now
-        # After a quiet second, not at once: the check is O(blocks) and a next request may be near.
+        # After a quiet second, not at once: a next request may be near.
         if self._unchecked and not busy and not ended:
-            self._loop.scheduler.check_integrity()
+            self._audit = self._loop.scheduler.audit()
             self._unchecked = False
+
+    def _use_idle_moment(self) -> None:
+        """Prepare one kind of step, or go on with the check of the books by one short turn."""
+        if self._preparing:
+            self._preparing = self._loop.prepare_one()
+        elif self._audit is not None and next(self._audit, True):
+            self._audit = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     link = Link(args.socket_dir)
     try:
         _serve(args.config_json, args.runner, link, parent)
+    except DeviceError as error:
+        code = _fail(link, error.reason, str(error), retryable=True)
+        link.close()
+        logging.shutdown()
+        # Taking CUDA down in order could wait for ever for what is on the device.
+        os._exit(code)
     except OctavoError as error:
         return _fail(link, error.reason, str(error), retryable=error.retryable)
     except Exception as error:

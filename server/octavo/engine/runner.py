@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -10,15 +11,19 @@ import numpy as np
 import torch
 
 from octavo import plan as memory_plan
+from octavo.config import token_budget
 from octavo.core.step import StepPlan, StepResult
 from octavo.engine.eager import EagerSteps
+from octavo.engine.gpu import Gpu
 from octavo.engine.memory import available_host_bytes
 from octavo.engine.model import check_model
 from octavo.engine.swap import HostBlocks
-from octavo.errors import ConfigError, DoesNotFitError
+from octavo.errors import ConfigError, DeviceError, DoesNotFitError
+from octavo.models.decoder import Decoder
 from octavo.models.hf_config import read_eos_token_ids
 from octavo.models.spec import DecoderSpec
 from octavo_kernels import ops
+from octavo_kernels.cuda_errors import cuda_fault
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Report = Callable[[str, float], None]
@@ -45,6 +50,10 @@ class Steps(Protocol):
         """Start a step; its tokens need not be known yet when this returns."""
         ...
 
+    def prepare_one(self) -> bool:
+        """Prepare for one kind of step to come, False when nothing is left to prepare."""
+        ...
+
 
 class Runner:
     """A model on a device. Build it, `allocate_kv`, then `submit` one plan after another.
@@ -55,7 +64,8 @@ class Runner:
 
     `device` and `dtype` may be "auto": the GPU if there is one, and the checkpoint's type on a
     GPU or float32 on a CPU. `progress(phase, ratio)` is called while starting. `num_threads`
-    bounds the CPU threads of torch and of our kernels for the whole process.
+    bounds the CPU threads of torch and of our kernels for the whole process. `max_num_seqs` and
+    `max_num_batched_tokens` bound a step on a GPU, `enforce_eager` runs it without CUDA graphs.
     """
 
     def __init__(  # noqa: PLR0913 (each is a setting of its own)
@@ -71,6 +81,9 @@ class Runner:
         seed: int = 0,
         trust_remote_code: bool = False,
         load_format: str = "auto",
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        enforce_eager: bool = False,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -101,6 +114,21 @@ class Runner:
         self._progress = progress
         self._kv_cache: torch.Tensor | None = None
         self._steps: Steps | None = None
+        self._gpu: Gpu | None = None
+        on_gpu = self.device.type == "cuda"
+        self._device_name = torch.cuda.get_device_name(self.device) if on_gpu else "cpu"
+        if on_gpu and isinstance(self._decoder, Decoder):
+            progress("device", 0.0)
+            self._gpu = Gpu(
+                self._decoder,
+                device=self.device,
+                block_size=block_size,
+                max_model_len=self.max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_tokens=token_budget(max_num_batched_tokens, self.device.type),
+                eager=enforce_eager,
+            )
+            progress("device", 1.0)
 
     @property
     def vocab_size(self) -> int:
@@ -134,6 +162,7 @@ class Runner:
         """Bytes that the KV pool may take, with the weights loaded."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
+            free -= self._gpu.reserved_bytes if self._gpu else 0
             return memory_plan.device_pool_bytes(total, free, gpu_memory_utilization)
         return memory_plan.host_pool_bytes(available_host_bytes(), gpu_memory_utilization)
 
@@ -154,9 +183,12 @@ class Runner:
                 f"{self.device}; set --num-kv-blocks lower"
             ) from error
         self._kv_cache = kv_cache
-        self._steps = EagerSteps(
-            self._decoder, kv_cache, len(self.kv_windows), self.eos_token_ids, self._seed
-        )
+        if self._gpu is not None:
+            self._steps = self._gpu.steps(kv_cache, self.eos_token_ids, self._seed)
+        else:
+            self._steps = EagerSteps(
+                self._decoder, kv_cache, len(self.kv_windows), self.eos_token_ids, self._seed
+            )
         self._progress("cache", 1.0)
 
     def allocate_swap(self, num_blocks: int) -> float:
@@ -182,14 +214,32 @@ class Runner:
         """Start a step and return at once, as far as the device allows."""
         if self._steps is None:
             raise RuntimeError("allocate_kv comes before submit")
-        return self._steps.submit(plan)
+        with self._naming_faults():
+            return self._steps.submit(plan)
 
     def collect(self, step: Step) -> StepResult:
         """Wait for a step's end and return what it brought.
 
         A token of -1 (`step.NO_TOKEN`) says that the sequence's logits were NaN.
         """
-        return step.result()
+        with self._naming_faults():
+            return step.result()
+
+    def prepare_one(self) -> bool:
+        """Use an idle moment for a step to come; False when there is nothing left to prepare."""
+        with self._naming_faults():
+            return self._steps is not None and self._steps.prepare_one()
+
+    @contextlib.contextmanager
+    def _naming_faults(self) -> Iterator[None]:
+        """Let an error of the GPU say what it is; afterwards nothing works on it any more."""
+        try:
+            yield
+        except RuntimeError as error:
+            fault = cuda_fault(error)
+            if fault is None:
+                raise
+            raise DeviceError(f"{fault.value} on {self._device_name}: {error}") from error
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step from start to end."""

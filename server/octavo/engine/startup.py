@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from octavo import wire
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, token_budget
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits
@@ -22,8 +22,6 @@ from octavo.errors import ConfigError, DoesNotFitError
 from octavo.params import SamplingParams
 
 RUNNER = "octavo.engine.runner:Runner"
-TOKEN_BUDGET = {"cpu": 512}
-DEFAULT_TOKEN_BUDGET = 2048
 # Where the host computes, there is nothing to hide behind the device.
 PIPELINE_DEPTH = {"cuda": 2}
 _MIB = 2**20
@@ -64,6 +62,10 @@ class ModelRunner(Protocol):
         """Start one step."""
         ...
 
+    def prepare_one(self) -> bool:
+        """Prepare for one kind of step to come, in an idle moment; False when none is left."""
+        ...
+
     def collect(self, step: Any) -> StepResult:
         """Wait for its end."""
         ...
@@ -83,18 +85,30 @@ class Reporter:
         self._interval = interval
         self._phase = ""
         self._begin = self._last = 0.0
+        self._seconds: dict[str, float] = {}
 
     def __call__(self, phase: str, ratio: float, eta_s: float | None = None) -> None:
         """Report that `phase` is done to `ratio`."""
         now = self._clock()
         if phase != self._phase:
-            self._phase, self._begin = phase, now
+            self._end_phase(now)
+            self._phase = phase
         elif ratio < 1 and now - self._last < self._interval:
             return
         self._last = now
         if eta_s is None and 0 < ratio < 1:
             eta_s = (now - self._begin) * (1 - ratio) / ratio
         self._send(wire.Progress(phase, ratio, eta_s))
+
+    def _end_phase(self, now: float) -> None:
+        if self._phase:
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._begin
+        self._begin = now
+
+    def timeline(self) -> str:
+        """What each phase took so far, in order."""
+        self._end_phase(self._clock())
+        return ", ".join(f"{phase} {taken:.2f} s" for phase, taken in self._seconds.items())
 
     def located(self, folder: str) -> None:
         """Report where a model that was fetched lies."""
@@ -120,6 +134,9 @@ def start(
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
         load_format=config.load_format,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enforce_eager=config.enforce_eager,
     )
     report("cache", 0)
     limits = _limits(config, runner)
@@ -140,6 +157,7 @@ def start(
         kv_bytes_per_block=runner.kv_bytes_per_block,
     )
     target_itl_s = None if config.target_itl_ms is None else config.target_itl_ms / 1000
+    logger.info("started: %s", report.timeline())
     depth = config.pipeline_depth or PIPELINE_DEPTH.get(str(runner.device).split(":")[0], 1)
     return EngineLoop(scheduler, runner, target_itl_s=target_itl_s, depth=depth), ready
 
@@ -177,12 +195,13 @@ def size_pool(config: EngineConfig, runner: ModelRunner, limits: Limits) -> int:
 
 
 def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
-    default = TOKEN_BUDGET.get(str(runner.device).split(":")[0], DEFAULT_TOKEN_BUDGET)
     return Limits(
         block_size=config.block_size,
         max_model_len=runner.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or default,
+        max_num_batched_tokens=token_budget(
+            config.max_num_batched_tokens, str(runner.device).split(":")[0]
+        ),
         vocab_size=runner.vocab_size,
         eos_token_ids=frozenset(runner.eos_token_ids),
         enable_prefix_caching=config.enable_prefix_caching,

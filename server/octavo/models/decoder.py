@@ -61,7 +61,7 @@ class Decoder:
     ) -> None:
         self.spec = spec
         self.parameters = parameters
-        self._places = spec.kv_layout(max_positions).places
+        self.layout = spec.kv_layout(max_positions)
         self._rope_tables = {
             rope: rope_table(rope, spec.rotary_dim, max_positions).to(device)
             for rope in {layer.rope for layer in spec.layers}
@@ -160,7 +160,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Store the keys and values of a fused projection; what its queries find."""
         spec, at = self.spec, f"layers.{index}."
-        group, plane = self._places[index]
+        group, plane = self.layout.places[index]
         keys, values = kv_cache[plane]
         rotation = None
         if layer.rope is not None:

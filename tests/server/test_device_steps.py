@@ -1,0 +1,159 @@
+"""Steps as a GPU runs them, here on a CPU by the reference operations: tokens, log-probabilities
+and ends are those of the plain runner, at both depths of the loop, whatever is asked for."""
+
+from pathlib import Path
+
+import llama_checkpoints
+import pytest
+import tiny_models
+import torch
+from requests_of_all_kinds import BLOCK, BUDGET, MAX_SEQS, requests, run
+
+from octavo.core.step import ScheduledSequence, StepPlan
+from octavo.engine.device import DeviceSteps, Workspace
+from octavo.engine.graphs import graph_sizes
+from octavo.engine.lane import HostLane
+from octavo.engine.rows import StateLayout
+from octavo.engine.runner import Runner
+from octavo.params import SamplingParams
+from octavo_kernels import ops
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ops.forced("reference"):  # which takes padding, as kernels on a GPU do
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return llama_checkpoints.write(tmp_path_factory.mktemp("model"))
+
+
+class PaddedGraphs:
+    """Runs steps as graphs would: padded to a few sizes, each rehearsed before it is first run."""
+
+    def __init__(self, step, rehearse) -> None:
+        self.step, self.rehearse = step, rehearse
+        self.sizes, self.known, self.runs = [2, 4, 5], set(), []
+        self.largest = self.sizes[-1]
+
+    def run(self, num_sequences: int) -> None:
+        size = next(size for size in self.sizes if size >= num_sequences)
+        if size not in self.known:
+            self.known.add(size)
+            self.rehearse(size)
+        self.runs.append((num_sequences, size))
+        self.step(size)
+
+    def prepare_one(self) -> bool:
+        return False
+
+
+def device_runner(checkpoint, num_blocks: int) -> tuple[Runner, list[PaddedGraphs]]:
+    """The CPU's runner, but with a device's steps."""
+    runner = Runner(str(checkpoint), device="cpu", block_size=BLOCK, seed=3)
+    runner.allocate_kv(num_blocks + 1)
+    cache = runner._steps._kv_cache
+    groups = len(runner.kv_windows)
+    layout = StateLayout(MAX_SEQS, groups * (runner.max_model_len // BLOCK), BUDGET, groups)
+    space = Workspace(runner._decoder, layout, BLOCK, torch.device("cpu"))
+    made = []
+
+    def make(step, rehearse):
+        made.append(PaddedGraphs(step, rehearse))
+        return made[-1]
+
+    runner._steps = DeviceSteps(
+        runner._decoder, cache, space, HostLane(), make,
+        eos_token_ids=runner.eos_token_ids, seed=3,
+    )  # fmt: skip
+    return runner, made
+
+
+def plain_runner(checkpoint, num_blocks: int) -> Runner:
+    runner = Runner(str(checkpoint), device="cpu", block_size=BLOCK, seed=3)
+    runner.allocate_kv(num_blocks + 1)
+    return runner
+
+
+def same(left, right) -> None:
+    assert left.keys() == right.keys()
+    for key, (tokens, logprobs, ends) in left.items():
+        assert tokens == right[key][0], key
+        assert ends == right[key][2], key
+        assert len(ends) == 1, key
+        assert [p.token_id for p in logprobs] == [p.token_id for p in right[key][1]], key
+        for mine, theirs in zip(logprobs, right[key][1], strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("depth", [1, 2])
+def test_outputs_are_those_of_the_plain_runner(checkpoint, seed, depth) -> None:
+    num_blocks = 40 if seed else 24  # the smaller one preempts
+    asked = requests(seed, 28)
+    expected, preemptions = run(plain_runner(checkpoint, num_blocks), asked, num_blocks, 1)
+    runner, [graphs] = device_runner(checkpoint, num_blocks)
+    got, _ = run(runner, asked, num_blocks, depth)
+    same(expected, got)
+    assert any(size > count for count, size in graphs.runs)
+    assert preemptions or seed
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory) -> Path:
+    """Two groups of layers; sequences outgrow the window of 24 tokens of one of them."""
+    tiny = tiny_models.TINY["gemma2"]
+    model = tiny_models.model_of(tiny)
+    return tiny_models.write(tiny, model, tmp_path_factory.mktemp("windowed"))
+
+
+@pytest.mark.parametrize("host_blocks", [0, 60])
+def test_windows_and_swaps_are_those_of_the_plain_runner(windowed, host_blocks) -> None:
+    asked = requests(2, 20)
+    expected, _ = run(plain_runner(windowed, 400), asked, 400, 1)
+    runner, _ = device_runner(windowed, 44)
+    assert len(runner.kv_windows) == 2
+    got, preemptions = run(runner, asked, 44, 2, host_blocks)
+    same(expected, got)
+    assert preemptions > 0
+
+
+def test_prompts_of_one_token_have_log_probabilities(checkpoint) -> None:
+    """A chunk of one token whose prompt goes on is not a decode for that."""
+    want = SamplingParams(prompt_logprobs=1, temperature=0)
+
+    def chunk(tokens, start, samples):
+        return ScheduledSequence(
+            0, tokens[start : start + 1], start, [1], samples, want, 0, tokens, len(tokens)
+        )
+
+    runner, _ = device_runner(checkpoint, 4)
+    plain = plain_runner(checkpoint, 4)
+    tokens = [5, 9]
+    for start, samples in ((0, False), (1, True)):
+        plan = StepPlan((chunk(tokens, start, samples),))
+        got, expected = runner.execute(plan), plain.execute(plan)
+        assert got.tokens == expected.tokens
+        assert got.prompt_logprobs.keys() == expected.prompt_logprobs.keys()
+        for own, theirs in zip(
+            got.prompt_logprobs.get(0, []), expected.prompt_logprobs.get(0, []), strict=True
+        ):
+            assert own.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    assert runner.execute(StepPlan(copies=((1, 2),))).tokens == []
+
+
+def test_sizes_of_graphs() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 4]
+    assert graph_sizes(20) == [1, 2, 4, 8, 16, 24]
+    sizes = graph_sizes(256)
+    assert sizes[-1] == 256
+    assert len(sizes) == 35
+    assert graph_sizes(300)[-3:] == [272, 288, 304]
+    assert graph_sizes(10_000)[-1] == 512
+    assert sizes == sorted(set(sizes))
