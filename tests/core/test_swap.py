@@ -5,10 +5,18 @@ import random
 import pytest
 from grouped_engine import TEXT, VOCAB, Engine, sample
 
-from octavo.core.block_pool import NO_BLOCK, IntegrityError
+from octavo.core.block_pool import NO_BLOCK, BlockPool, IntegrityError
+from octavo.core.group import Group
+from octavo.core.policy import PolicyFactory
+from octavo.core.prefix_cache import PrefixCache
 from octavo.core.request import RequestError
+from octavo.core.roster import Roster
+from octavo.core.sequence import Sequence
 from octavo.core.step_time import StepTimeModel
+from octavo.core.swap import SwapSpace
+from octavo.kv_layout import KvGroups
 from octavo.logprobs import TokenLogprobs
+from octavo.params import SamplingParams
 
 GROUPS = [(None,), (None, 8), (8,), (None, 5, 13), (6, 11)]
 
@@ -238,3 +246,86 @@ def test_beams_are_the_same_however_they_are_preempted(windows):
     if None in windows:
         assert min(preempted[1:]) > 0
         assert engine.swap.blocks_in > 0
+
+
+def swap_space(num_blocks=20):
+    return SwapSpace(num_blocks, 0.5, lambda tokens: 1e9)
+
+
+def group_of(*tables, tokens, computed, prompt=4):
+    """A group whose branches have these tables, tokens and computed counts."""
+    branches = [
+        Sequence(i, "r", list(own), prompt, 99, SamplingParams(), 0, block_table=table, branch=i)
+        for i, (table, own) in enumerate(zip(tables, tokens, strict=True))
+    ]
+    for branch, done in zip(branches, computed, strict=True):
+        branch.computed = done
+    return Group(0, branches)
+
+
+def test_a_row_that_another_branch_goes_on_in_is_never_found_nor_findable():
+    """The second block is full for the lead, and half full for the branch that joined it there.
+
+    The branch may write to it in place once the lead is gone, so no one else may read it.
+    """
+    pool, swap = BlockPool(8), swap_space()
+    cache = PrefixCache(pool, KvGroups(4), enabled=True)
+    [first, second] = pool.allocate(2)
+    pool.share([first, second])
+    group = group_of(
+        [first, second], [first, second], tokens=([1] * 9, [1] * 6 + [2]), computed=(8, 6), prompt=6
+    )
+    lead, other = group.branches
+    cache.publish(lead, 8)
+    other.chained, other.link = 1, lead.link
+    swap.out(group, pool)
+    assert lead.swapped == other.swapped
+    swap.back(group, pool, cache)
+    assert lead.block_table == other.block_table
+    assert lead.block_table[0] == first, "the first one could be found"
+    assert lead.block_table[1] != second, "the second might have been given to others"
+    pool.forget([second])
+    assert cache.find(lead).rows == 1
+    pool.check_integrity([lead.block_table, other.block_table])
+
+
+def test_who_waited_for_the_others_of_a_search_draws_again_and_writes_nothing():
+    pool, swap = BlockPool(8), swap_space()
+    group = group_of(pool.allocate(2), tokens=([1] * 7,), computed=(7,))
+    swap.out(group, pool)
+    assert (group.lead.computed, group.lead.written, group.lead.pending) == (6, 7, 1)
+
+
+def test_what_lies_behind_a_window_frees_nothing():
+    """With one block given up, and the pool's last block held once."""
+    kv, pool = KvGroups(4, (4,)), BlockPool(3)
+    held = pool.allocate(3)
+    group = group_of([NO_BLOCK, *held], tokens=([1] * 15,), computed=(14,))
+    roster = Roster(pool, PolicyFactory.get_policy("fcfs"), kv, None)
+    assert roster._cost_of_a_block(group) == 14 / 3
+
+
+def test_copies_of_a_plan_that_is_not_run_are_made_in_the_next():
+    """All that runs has drawn its last token, or lacks blocks that only its end will free."""
+    engine = Engine((None,), blocks=9, host_blocks=9, caching=False, depth=2)
+    engine.add("a", TEXT[:15], 1)
+    engine.add("b", TEXT[20:28], 12)
+    engine.add("c", TEXT[30:38], 12)
+    scheduler = engine.scheduler
+    plan = scheduler.plan()
+    engine.in_flight.append((plan, engine.runner.submit(plan)))
+    # While the first step is in flight, b takes the blocks of c and still has too few.
+    taken = scheduler.pool.allocate(scheduler.pool.num_free)
+    real = scheduler._make_room
+    scheduler._make_room = lambda group, need, draft: real(group, need + 9, draft)
+    empty = scheduler.plan()
+    scheduler._make_room = real
+    assert empty.preempted
+    assert empty.num_sequences == 0
+    assert not empty.swap_out
+    scheduler.pool.release(taken)
+    swapped = scheduler.plan()
+    assert swapped.swap_out
+    engine.in_flight.append((swapped, engine.runner.submit(swapped)))
+    engine.finish()
+    assert engine.outputs["c", 0] == sample(TEXT[30:38], 0, 12)

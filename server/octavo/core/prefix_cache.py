@@ -7,11 +7,11 @@ knows the keys, a sequence knows how far its chain reaches.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
+from struct import Struct
 
 from octavo.core.block_pool import NO_BLOCK, BlockKey, BlockPool
 from octavo.core.sequence import Sequence
@@ -49,6 +49,7 @@ class PrefixCache:
         self._pool = pool
         self._kv = kv
         self._enabled = enabled
+        self._pack = Struct(f"{kv.block_size}i").pack
 
     def find(self, sequence: Sequence, joined_at: int | None = None) -> Prefix:
         """The longest usable prefix: rows from the first token on that hold the sequence's tokens.
@@ -61,6 +62,26 @@ class PrefixCache:
         wants_all = sequence.params.prompt_logprobs is not None and not sequence.num_generated
         if not self._enabled or wants_all:
             return NOTHING
+        if self._kv.sliding:
+            return self._find_windowed(sequence, joined_at)
+        return self._find_whole(sequence)
+
+    def _find_whole(self, sequence: Sequence) -> Prefix:
+        """Where no group slides: as many rows as all groups have."""
+        find, groups = self._pool.find, range(self._kv.count)
+        table: list[int] = []
+        link, rows = _root(sequence.scope), len(sequence.tokens) // self._kv.block_size
+        for row in range(rows):
+            packed = self._packed(sequence, row)
+            for group in groups:
+                block = find((link, packed, group))
+                if block is None:
+                    return Prefix(row, table[: row * self._kv.count], link)
+                table.append(block)
+            link = _digest(link, packed)
+        return Prefix(rows, table, link)
+
+    def _find_windowed(self, sequence: Sequence, joined_at: int | None) -> Prefix:
         kv, find = self._kv, self._pool.find
         table: list[int] = []
         best = NOTHING
@@ -118,14 +139,15 @@ class PrefixCache:
         if not self._enabled:
             return
         count = self._kv.count
+        table, publish = sequence.block_table, self._pool.publish
+        link = sequence.link if sequence.chained else _root(sequence.scope)
         for row in range(sequence.chained, end // self._kv.block_size):
-            before = sequence.link if row else _root(sequence.scope)
             packed = self._packed(sequence, row)
             for group in range(count):
-                block = sequence.block_table[row * count + group]
+                block = table[row * count + group]
                 if block != NO_BLOCK:
-                    self._pool.publish(block, (before, packed, group))
-            sequence.link = _digest(before, packed)
+                    publish(block, (link, packed, group))
+            sequence.link = link = _digest(link, packed)
             sequence.chained = row + 1
 
     def forget(self, sequence: Sequence) -> None:
@@ -157,7 +179,7 @@ class PrefixCache:
 
     def _packed(self, sequence: Sequence, row: int) -> bytes:
         begin = row * self._kv.block_size
-        return array("i", sequence.tokens[begin : begin + self._kv.block_size]).tobytes()
+        return self._pack(*sequence.tokens[begin : begin + self._kv.block_size])
 
 
 def _root(scope: str) -> bytes:
