@@ -65,10 +65,10 @@ def make(q: int, prefix: int, heads: int, kv_heads: int, dim: int) -> Problem:
     )
 
 
-def own(problem: Problem, min_span: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Our kernel over one cache, planned beforehand as a step plans for all its layers."""
+def plan_of(problem: Problem, min_span: int, warpgroups: bool) -> PrefillPlan:
+    """Made beforehand, as a step makes one for all its layers."""
     heads, dim = problem.query.shape[1:]
-    plan = PrefillPlan(
+    return PrefillPlan(
         problem.query_start,
         problem.seq_lens,
         tokens=problem.q,
@@ -77,11 +77,16 @@ def own(problem: Problem, min_span: int) -> Callable[[torch.Tensor], torch.Tenso
         dim=dim,
         max_query_len=problem.q,
         min_span=min_span,
+        warpgroups=warpgroups,
     )
+
+
+def own(problem: Problem, plan: PrefillPlan) -> Callable[[torch.Tensor], torch.Tensor]:
+    scale = problem.query.shape[2] ** -0.5
     out = torch.empty_like(problem.query)
 
     def attend(cache: torch.Tensor) -> torch.Tensor:
-        plan.attend(problem.query, cache[0], cache[1], problem.table, dim**-0.5, PLAIN, out)
+        plan.attend(problem.query, cache[0], cache[1], problem.table, scale, PLAIN, out)
         return out
 
     return attend
@@ -155,8 +160,12 @@ def measure(problem: Problem, spans: tuple[int, ...], machine: Machine) -> dict[
     contenders = {"library": library(problem, False), "gathered": library(problem, True)}
     if problem.prefix == 0:
         contenders["cudnn"] = cudnn(problem)
-    for span in spans:
-        contenders[f"own, spans of {span}" if span else "own, unsplit"] = own(problem, span)
+    for name, warpgroups in (("own", False), ("warpgroups", True)):
+        for span in spans:
+            plan = plan_of(problem, span, warpgroups)
+            label = f"{name}, spans of {span}" if span else f"{name}, unsplit"
+            if plan.warpgroups == warpgroups and plan.splits == (span > 0):
+                contenders[label] = own(problem, plan)
     found: dict[str, object] = {
         "least_us": round(problem.operations / machine.product_flop_s * 1e6, 1)
     }
@@ -164,7 +173,7 @@ def measure(problem: Problem, spans: tuple[int, ...], machine: Machine) -> dict[
         try:
             got = attend(problem.caches[0])
         except RuntimeError as error:
-            if name.startswith("own"):
+            if name.startswith(("own", "warpgroups")):
                 raise
             found[name] = str(error).splitlines()[0][:80]
             continue

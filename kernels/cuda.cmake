@@ -38,8 +38,9 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/decode_attention.cu csrc/cuda/decode_plan.cu csrc/cuda/bind_decode.cpp
   csrc/cuda/skinny_gemm.cu csrc/cuda/bind_gemm.cpp
   csrc/cuda/blaslt.cpp csrc/cuda/bind_blaslt.cpp
+  csrc/cuda/moe.cu csrc/cuda/bind_moe.cpp
   csrc/cuda/batch_state.cu csrc/cuda/bind_batch.cpp
-  csrc/cuda/prefill_attention.cu csrc/cuda/bind_prefill.cpp
+  csrc/cuda/prefill_attention.cu csrc/cuda/prefill_warpgroup.cu csrc/cuda/bind_prefill.cpp
   csrc/cuda/sampling.cu csrc/cuda/penalties.cu csrc/cuda/logprobs.cu csrc/cuda/bind_sampling.cpp
 )
 target_include_directories(_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
@@ -53,3 +54,6 @@ target_compile_definitions(_cuda PRIVATE OCTAVO_CUDA_ARCHITECTURES="${architectu
 # library is looked up by it when first needed, so that the module imports where there is none.
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 install(TARGETS _cuda LIBRARY DESTINATION octavo_kernels)
+# A function that is nowhere is found when the module is loaded, not when it is linked.
+add_custom_command(TARGET _cuda POST_BUILD COMMAND ${Python_EXECUTABLE} -c "import _cuda"
+  WORKING_DIRECTORY $<TARGET_FILE_DIR:_cuda> VERBATIM)

@@ -21,6 +21,36 @@ def skinny_gemm(
 ) -> None: ...
 def skinny_gemm_serves(rows: int, k: int, norm: bool) -> bool: ...
 def lt_version() -> int: ...
+def mixture(
+    *,
+    dtype: int,
+    x: int,
+    logits: int,
+    gate_up: int,
+    gate_up_bias: int,
+    down: int,
+    down_bias: int,
+    out: int,
+    tokens: int,
+    hidden: int,
+    inner: int,
+    experts: int,
+    top_k: int,
+    normalized: bool,
+    function: int,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+    weights: int,
+    chosen: int,
+    order: int,
+    place: int,
+    tiles: int,
+    activated: int,
+    results: int,
+    stream: int,
+) -> None: ...
+def mixture_serves(hidden: int, inner: int, experts: int, top_k: int) -> bool: ...
+def mixture_tiles(tokens: int, experts: int, top_k: int) -> int: ...
 def lt_candidates(
     *,
     dtype: int,
@@ -92,6 +122,7 @@ def build_inputs(
     min_p: int,
     draw_stream: int,
     count: int,
+    adjusted: int,
     max_tokens: int,
     rows: int,
     sequences: int,
@@ -121,13 +152,16 @@ class PrefillStep:
         kv_heads: int,
         dim: int,
         min_span: int,
+        warpgroups: bool,
     ) -> None: ...
     @property
     def list_words(self) -> int: ...
     @property
     def partial_floats(self) -> int: ...
     @property
-    def max_items(self) -> int: ...
+    def splits(self) -> bool: ...
+    @property
+    def warpgroups(self) -> bool: ...
     def plan(
         self, *, query_start: int, seq_lens: int, lists: int, partials: int, stream: int
     ) -> None: ...

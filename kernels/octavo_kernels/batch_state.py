@@ -44,7 +44,7 @@ class StepBuffers:
 
     int64 `token_ids`, `positions` [tokens] and `slots` [groups, tokens]; int32 `seq_lens` [rows]
     and `block_tables` [groups, rows, width]; of each sequence the parameters of its draw: float32
-    `temperature`, `top_p`, `min_p`, int32 `top_k`, int64 `stream` and `count` [rows].
+    `temperature`, `top_p`, `min_p`, int32 `top_k`, `adjusted`, int64 `stream`, `count` [rows].
     """
 
     token_ids: torch.Tensor
@@ -58,6 +58,7 @@ class StepBuffers:
     min_p: torch.Tensor
     stream: torch.Tensor
     count: torch.Tensor
+    adjusted: torch.Tensor
 
 
 def apply_updates(words: torch.Tensor, message: torch.Tensor, stretches: int) -> None:

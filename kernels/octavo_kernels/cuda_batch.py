@@ -42,6 +42,7 @@ def build_inputs(
         min_p=out.min_p.data_ptr(),
         draw_stream=out.stream.data_ptr(),
         count=out.count.data_ptr(),
+        adjusted=out.adjusted.data_ptr(),
         max_tokens=out.slots.shape[1],
         rows=len(out.seq_lens),
         sequences=num_sequences,

@@ -11,6 +11,8 @@ from octavo_kernels.reference import Variant
 _ALIGNMENT = 16  # bytes
 # Where few tiles leave the device idle, their keys are split into spans of so many or more.
 MIN_SPAN = 512
+# Hopper's own kernel, for tiles of 128 rows and head dims 64 and 128.
+WARPGROUPS = False
 
 
 class PrefillPlan:
@@ -18,7 +20,8 @@ class PrefillPlan:
 
     The same for all layers of a step, whatever their windows. `query_start` and `seq_lens` may
     change on the device until the plan is made, by the stream; it is fixed then. With `min_span` 0
-    a query's bits depend on its own keys alone; otherwise also on how full the step is.
+    and no `warpgroups` a query's bits depend on its own keys alone; otherwise also on how full the
+    step is and how long its longest chunk.
     """
 
     def __init__(  # noqa: PLR0913 (a step's numbers, all by name)
@@ -33,6 +36,7 @@ class PrefillPlan:
         num_decodes: int = 0,
         max_query_len: int | None = None,
         min_span: int = MIN_SPAN,
+        warpgroups: bool = WARPGROUPS,
     ) -> None:
         self._step = _cuda.PrefillStep(
             tokens=tokens,
@@ -43,6 +47,7 @@ class PrefillPlan:
             kv_heads=kv_heads,
             dim=dim,
             min_span=min_span,
+            warpgroups=warpgroups,
         )
         device = seq_lens.device
         # Held as long as the plan is: the kernels have their addresses.
@@ -60,6 +65,16 @@ class PrefillPlan:
             partials=partials.data_ptr(),
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
+
+    @property
+    def splits(self) -> bool:
+        """Whether tiles may be split into spans of keys."""
+        return self._step.splits
+
+    @property
+    def warpgroups(self) -> bool:
+        """Whether Hopper's own kernel runs."""
+        return self._step.warpgroups
 
     def attend(
         self,

@@ -101,6 +101,17 @@ def forced(name: BackEnd) -> Iterator[None]:
         _forced = before
 
 
+def device_report() -> dict[str, int | str]:
+    """What `_cuda` knows of the GPU in use and its driver; nothing where it was not built.
+
+    Raises RuntimeError in a sentence for the user where our kernels do not run on them.
+    """
+    if "cuda" not in _back_ends:
+        return {}
+    report: dict[str, int | str] = _back_ends["cuda"].device_report()
+    return report
+
+
 def instruction_sets() -> tuple[str, ...]:
     """What "cpu" can use on this host, best first; the first is used."""
     return _back_ends["cpu"].instruction_sets() if "cpu" in _back_ends else ()

@@ -5,7 +5,8 @@ from __future__ import annotations
 RECORD_WORDS = 16
 
 # `token` is the newest one; `position` is that of the next to run; `generated` counts the tokens
-# drawn; `stream` takes two words, the lower first; then the bits of float32 numbers and top_k.
+# drawn; `stream` takes two words, the lower first; then the bits of float32 numbers and top_k;
+# `adjusted` is the row of the sampler's adjustments that holds for it, or -1.
 RECORD = {
     "token": 0,
     "position": 1,
@@ -16,6 +17,7 @@ RECORD = {
     "top_k": 7,
     "top_p": 8,
     "min_p": 9,
+    "adjusted": 10,
 }
 
 # The step ends by drawing a token for it.

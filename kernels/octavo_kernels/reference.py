@@ -49,6 +49,27 @@ class Norm:
 
 
 @dataclass(slots=True, frozen=True)
+class Experts:
+    """The weights of a mixture, of all experts one under the other: `gate_up` [experts * 2 * inner,
+    hidden], of each all gates, then all ups, and `down` [experts * hidden, inner].
+
+    Of a token's `top_k` experts the weights sum to one where they are `normalized`. Gate and up
+    become function(gate) * up, or, with a `swiglu_limit`, gate * sigmoid(alpha * gate) * (up + 1)
+    after both were cut off there.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    top_k: int
+    normalized: bool
+    function: Function = "silu"
+    swiglu_alpha: float = 0.0
+    swiglu_limit: float = 0.0
+
+
+@dataclass(slots=True, frozen=True)
 class HeadNorm:
     """An RMS norm of each head of the queries and of the keys: weights [dim]; see `rms_norm`."""
 

@@ -67,6 +67,7 @@ def _no_draw(out: StepBuffers, i: int) -> None:
     out.top_p[i] = 1
     out.top_k[i] = -1
     out.stream[i] = out.count[i] = 0
+    out.adjusted[i] = -1
 
 
 def _draw(out: StepBuffers, i: int, record: torch.Tensor, flags: int) -> None:
@@ -76,6 +77,7 @@ def _draw(out: StepBuffers, i: int, record: torch.Tensor, flags: int) -> None:
     for name in ("temperature", "top_p", "min_p"):
         getattr(out, name)[i] = record[RECORD[name]].view(torch.float32)
     out.top_k[i] = record[RECORD["top_k"]]
+    out.adjusted[i] = record[RECORD["adjusted"]]
     out.count[i] = record[RECORD["generated"]]
     out.stream[i] = record[RECORD["stream"] : RECORD["stream"] + 2].clone().view(torch.int64)[0]
 

@@ -85,7 +85,7 @@ def restart_adjustment(  # noqa: PLR0913 (what a request may ask for)
     device = adjustments.marks.device
     columns = list(zip(*sorted(listed), strict=True)) or [(), (), ()]
     ids, bias, until = (
-        torch.tensor(column, dtype=tensor.dtype).to(device)
+        _sent(column, tensor.dtype, device)
         for column, tensor in zip(
             columns,
             (adjustments.list_ids, adjustments.list_bias, adjustments.list_until),
@@ -101,11 +101,15 @@ def restart_adjustment(  # noqa: PLR0913 (what a request may ask for)
     adjustments.frequency[row] = frequency
     adjustments.allowed_only[row] = allowed is not None
 
-    def tokens(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device)
-
-    args = (adjustments.marks[row], tokens(prompt), tokens(drawn), tokens(allowed or ()), ids)
+    seen = (_sent(values, torch.int64, device) for values in (prompt, drawn, allowed or ()))
+    args = (adjustments.marks[row], *seen, ids)
     run("restart_marks", torch.empty(0, dtype=torch.bfloat16, device=device), *args)
+
+
+def _sent(values: Sequence[int | float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The numbers on the device, or on their way: nothing waits for what runs there."""
+    on_gpu = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
 
 
 def sample(

@@ -58,6 +58,7 @@ class EngineConfig:
     trust_remote_code: bool = False
     load_format: str = "auto"
     enforce_eager: bool = False
+    deterministic: bool = False
 
     def to_json(self) -> str:
         """The form that the engine process takes on its command line."""
@@ -203,6 +204,11 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--enforce-eager",
         action="store_true",
         help="capture no CUDA graphs: slower steps, for finding errors",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU too, a request's tokens do not depend on what else is in its batch; slower",
     )
 
 

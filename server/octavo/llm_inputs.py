@@ -21,7 +21,7 @@ DEFAULT_PARAMS = SamplingParams(max_tokens=16)
 
 
 class LLMOptions(TypedDict, total=False):
-    """The keywords of `LLM`; names and meaning are vLLM's, the last five are ours."""
+    """The keywords of `LLM`; names and meaning are vLLM's, the last six are ours."""
 
     tokenizer: str | None
     tokenizer_mode: str
@@ -49,6 +49,7 @@ class LLMOptions(TypedDict, total=False):
     num_threads: int | None
     source: str
     pipeline_depth: int | None
+    deterministic: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,15 +39,17 @@ def make(device, groups, block_size, random):
             "top_k": int(random.choice([-1, 40])),
             "top_p": 0.5,
             "min_p": 0.25,
+            "adjusted": int(random.choice([-1, row])),
             "table": random.integers(1, 99, entries).tolist(),
         })  # fmt: skip
         own = rows[-1]
         packed = struct.pack(
-            "<4iQfiff", own["token"], position, own["generated"], own["flags"], own["stream"],
+            "<4iQfiffi", own["token"], position, own["generated"], own["flags"], own["stream"],
             own["temperature"], own["top_k"], own["top_p"], own["min_p"],
+            own["adjusted"],
         )  # fmt: skip
-        words = torch.tensor(struct.unpack("<10i", packed), dtype=torch.int32)
-        state.records[row, :10] = words.to(device)
+        words = torch.tensor(struct.unpack("<11i", packed), dtype=torch.int32)
+        state.records[row, :11] = words.to(device)
         if position >= block_size:
             own["table"][0] = -1  # given up behind a window
         state.tables[row] = torch.tensor(own["table"], dtype=torch.int32, device=device)
@@ -56,7 +58,7 @@ def make(device, groups, block_size, random):
         full(TOKENS, **ints), full(TOKENS, **ints), full(groups, TOKENS, **ints), full(ROWS),
         full(groups, ROWS, WIDTH), *(full(ROWS, dtype=torch.float32) for _ in range(1)),
         full(ROWS), full(ROWS, dtype=torch.float32), full(ROWS, dtype=torch.float32),
-        full(ROWS, **ints), full(ROWS, **ints),
+        full(ROWS, **ints), full(ROWS, **ints), full(ROWS),
     )  # fmt: skip
     return state, rows, out
 
@@ -69,7 +71,7 @@ def check(state, rows, out, batch, chunks, block_size, groups):
             assert out.seq_lens[i] == 0
             assert out.slots[:, begin].eq(-1).all()
             assert out.token_ids[begin] == 0
-            assert out.temperature[i] == 0
+            assert (out.temperature[i], out.adjusted[i]) == (0, -1)
             begin += 1
             continue
         own = rows[row]
@@ -95,9 +97,11 @@ def check(state, rows, out, batch, chunks, block_size, groups):
             assert out.temperature[i] == own["temperature"]
             assert out.stream[i].item() % 2**64 == own["stream"]
             assert out.count[i] == own["generated"]
+            assert out.adjusted[i] == own["adjusted"]
             assert (out.top_k[i], out.top_p[i], out.min_p[i]) == (own["top_k"], 0.5, 0.25)
         else:
             assert (out.temperature[i], out.top_k[i], out.top_p[i]) == (0, -1, 1)
+            assert out.adjusted[i] == -1
         samples = own["flags"] & FLAG_SAMPLES
         record = [own["token"], stop, own["generated"] + samples, own["flags"] | FLAG_WRITES]
         assert state.records[row, :4].tolist() == record

@@ -158,9 +158,11 @@ def check(inputs: Inputs, got: torch.Tensor) -> None:
         allowed = 2 * error(ops.paged_attention(*inputs.arguments()), right)
     assert error(got, right) <= allowed
     for row in inputs.seq_lens.nonzero().flatten().tolist():  # no row hides behind the others
-        assert error(got[row], right[row]) <= 4 * allowed
+        assert error(got[row], right[row]) <= max(4 * allowed, ROUNDING[got.dtype])
 
 
+# Of weights and of the result; a row of one token (a copy of its value) has no error at all.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SINKS = torch.tensor([2.0, -1.0, 0.5, 30.0, 0.0, -40.0, 3.0, 1.0])
 SHAPES = [
     *(Case(dim=d, dtype=t) for d in (64, 80, 96, 128, 256) for t in DTYPES),

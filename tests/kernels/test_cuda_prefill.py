@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 ABSURD_BLOCK = 2**30
 LENGTHS = (2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 300)
 PREFIXES = (0, 1, 16, 17, 250)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 DTYPES = (torch.bfloat16, torch.float16)
 DIMS = (64, 80, 96, 128, 256)
 
@@ -36,6 +37,7 @@ class Case:
     sinks: bool = False
     num_decodes: int = 0
     min_span: int = 512
+    warpgroups: bool = False
 
 
 @dataclass
@@ -101,6 +103,7 @@ def plan_of(case: Case, inputs: Inputs):
         num_decodes=case.num_decodes,
         max_query_len=max((new for new, _ in case.sequences[case.num_decodes :]), default=0),
         min_span=case.min_span,
+        warpgroups=case.warpgroups,
     )
 
 
@@ -200,13 +203,70 @@ def test_masks(mask, dim) -> None:
 def test_keys_split_into_spans(chunk, mask) -> None:
     """A lone chunk leaves most of a GPU idle, so its keys are split and put together again."""
     case = Case(((chunk, 3000 + chunk),), min_span=64, **mask)
-    assert plan_of(case, make(case))._step.partial_floats > 0
+    assert plan_of(case, make(case)).splits
     check(case)
 
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_spans_of_several_sequences(dim) -> None:
     check(Case(((40, 1000), (1, 1), (2, 650), (9, 64), (0, 30)), dim=dim, min_span=64))
+
+
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_warpgroups(prefix, dim, dtype) -> None:
+    sequences = tuple((n, n + prefix) for n in (*LENGTHS, 1000))
+    case = Case(sequences, dim=dim, dtype=dtype, warpgroups=True)
+    assert plan_of(case, make(case)).warpgroups
+    check(case)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_warpgroups_with_masks(mask, dim) -> None:
+    check(Case(((2, 2), (129, 400), (17, 267), (300, 900)), dim=dim, warpgroups=True, **mask))
+
+
+@needs_hopper
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_warpgroups_with_spans(mask) -> None:
+    case = Case(((40, 3000), (2, 1000), (200, 250)), min_span=128, warpgroups=True, **mask)
+    assert plan_of(case, make(case)).splits
+    check(case)
+
+
+@needs_hopper
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (8, 8), (7, 1), (24, 1), (64, 8)])
+@pytest.mark.parametrize("block_size", [8, 16, 128])
+def test_warpgroups_with_groups_and_block_sizes(block_size, heads, kv_heads) -> None:
+    """More items than blocks that run at once: each takes several."""
+    sequences = ((700, 900), (5, 9), (130, 300), (0, 40), (1500, 1500))
+    check(Case(sequences, heads, kv_heads, block_size=block_size, warpgroups=True))
+
+
+@needs_hopper
+def test_warpgroups_do_not_race() -> None:
+    case = Case(((2000, 3000), (300, 300)), heads=16, kv_heads=4, warpgroups=True)
+    inputs = make(case)
+    first = attend(case, inputs)
+    assert all(torch.equal(first, attend(case, inputs)) for _ in range(20))
+
+
+@needs_hopper
+def test_warpgroups_write_zeros_for_padding() -> None:
+    case = Case(((140, 190), (3, 70)), warpgroups=True)
+    inputs = make(case)
+    inputs.seq_lens[1] = 0
+    inputs.block_tables[1] = ABSURD_BLOCK
+    got = attend(case, inputs)
+    assert not got[:140].isnan().any()
+    assert torch.equal(got[140:], torch.zeros_like(got[140:]))
 
 
 def test_decodes_are_left_alone() -> None:

@@ -32,17 +32,31 @@ gpu_module = pytest.mark.skipif(
 def test_stub_and_module_agree(name: str) -> None:
     """Function and parameter names of the stub are those that pybind11 wrote in the docstrings."""
     module = importlib.import_module(f"octavo_kernels.{name}")
-    declared = {
+    stub = ast.parse((PACKAGE / f"{name}.pyi").read_text()).body
+    classes = [node for node in stub if isinstance(node, ast.ClassDef)]
+    assert parameters_in_stub(stub) == parameters_in_docstrings(module)
+    for node in classes:
+        assert parameters_in_stub(node.body) == parameters_in_docstrings(getattr(module, node.name))
+    in_module = {key for key, value in vars(module).items() if isinstance(value, type)}
+    assert {node.name for node in classes} == in_module
+
+
+def parameters_in_stub(body: list[ast.stmt]) -> dict[str, list[str]]:
+    """The functions' parameter names; properties have none and are left out."""
+    return {
         node.name: [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
-        for node in ast.parse((PACKAGE / f"{name}.pyi").read_text()).body
-        if isinstance(node, ast.FunctionDef)
+        for node in body
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list
     }
-    real = {name: f.__doc__ for name, f in vars(module).items() if callable(f)}
-    real = {name: doc for name, doc in real.items() if not name.startswith("_")}
-    assert declared.keys() == real.keys()
-    for name, doc in real.items():
-        signature = doc.splitlines()[0]
-        assert re.findall(r"(\w+):", signature) == declared[name], signature
+
+
+def parameters_in_docstrings(owner: object) -> dict[str, list[str]]:
+    return {
+        key: re.findall(r"(\w+):", (value.__doc__ or "").splitlines()[0])
+        for key, value in vars(owner).items()
+        if callable(value) and not isinstance(value, type)
+        if key == "__init__" or not key.startswith("_")
+    }
 
 
 @pytest.mark.parametrize(

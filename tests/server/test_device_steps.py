@@ -10,11 +10,12 @@ import torch
 from requests_of_all_kinds import BLOCK, BUDGET, MAX_SEQS, requests, run
 
 from octavo.core.step import ScheduledSequence, StepPlan
-from octavo.engine.device import DeviceSteps, Workspace
+from octavo.engine.device import DeviceSteps
 from octavo.engine.graphs import graph_sizes
 from octavo.engine.lane import HostLane
 from octavo.engine.rows import StateLayout
 from octavo.engine.runner import Runner
+from octavo.engine.workspace import Workspace
 from octavo.params import SamplingParams
 from octavo_kernels import ops
 
@@ -100,6 +101,7 @@ def test_outputs_are_those_of_the_plain_runner(checkpoint, seed, depth) -> None:
     runner, [graphs] = device_runner(checkpoint, num_blocks)
     got, _ = run(runner, asked, num_blocks, depth)
     same(expected, got)
+    same(expected, run(plain_runner(checkpoint, num_blocks), asked, num_blocks, depth)[0])
     assert any(size > count for count, size in graphs.runs)
     assert preemptions or seed
 

@@ -146,9 +146,10 @@ def test_arrays_are_those_of_brute_force() -> None:
     [
         (SEEDED, False),
         (SamplingParams(top_k=5, min_p=0.1, min_tokens=3, logprobs=2), False),
-        (SamplingParams(repetition_penalty=1.1), True),
-        (SamplingParams(presence_penalty=0.5), True),
-        (SamplingParams(frequency_penalty=0.5), True),
+        (SamplingParams(repetition_penalty=1.1, presence_penalty=0.5), False),
+        (SamplingParams(bad_words_ids=((3,), (4,))), False),
+        (SamplingParams(typical_p=0.5), False),
+        (SamplingParams(typical_p=0.5, frequency_penalty=0.5), True),
         (SamplingParams(bad_words_ids=((3, 4),)), True),
         (SamplingParams(use_beam_search=True, temperature=0, best_of=2), True),
     ],

@@ -322,7 +322,7 @@ def test_idle_moments_prepare_for_steps_to_come(start):
 
 
 class Script:
-    """A link whose messages come one by one, each a call; it tells what the server was doing."""
+    """A link whose messages come one by one; it notes what the server was doing."""
 
     def __init__(self, *messages):
         self.messages = list(messages)

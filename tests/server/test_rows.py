@@ -40,6 +40,7 @@ class Device:
             full(1, MAX_TOKENS, dtype=long), full(MAX_ROWS), full(1, MAX_ROWS, WIDTH),
             full(MAX_ROWS, dtype=real), full(MAX_ROWS), full(MAX_ROWS, dtype=real),
             full(MAX_ROWS, dtype=real), full(MAX_ROWS, dtype=long), full(MAX_ROWS, dtype=long),
+            full(MAX_ROWS),
         )  # fmt: skip
         self.drawn = torch.zeros(2, MAX_ROWS, dtype=torch.int32)
         self.counter = torch.zeros(1, dtype=torch.int32)

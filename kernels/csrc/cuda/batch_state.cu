@@ -27,6 +27,7 @@ __device__ void write_draw(const StepBuffers& out, int at, const int32_t* record
   const uint64_t low = uint32_t(record[kStream]), high = uint32_t(record[kStream + 1]);
   out.stream[at] = samples ? int64_t(high << 32 | low) : 0;
   out.count[at] = samples ? record[kGenerated] : 0;
+  out.adjusted[at] = samples ? record[kAdjusted] : -1;
 }
 
 __device__ void pad(const BatchState& state, const StepBuffers& out, int at, int begin, int end) {

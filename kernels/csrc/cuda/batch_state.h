@@ -18,6 +18,7 @@ enum RecordWord : int {
   kTopK = 7,
   kTopP = 8,
   kMinP = 9,
+  kAdjusted = 10,
   kRecordWords = 16,
 };
 constexpr int kSamples = 1;
@@ -47,6 +48,7 @@ struct StepBuffers {
   float* min_p;
   int64_t* stream;
   int64_t* count;
+  int32_t* adjusted;
   int max_tokens;
   int rows;
 };

@@ -20,9 +20,10 @@ cudaStream_t on(Address stream) { return pointer<CUstream_st>(stream); }
 class PrefillStep {
  public:
   PrefillStep(int32_t tokens, int32_t seqs, int32_t num_decodes, int32_t max_query_len,
-              int32_t heads, int32_t kv_heads, int32_t dim, int32_t min_span)
+              int32_t heads, int32_t kv_heads, int32_t dim, int32_t min_span, bool warpgroups)
       : batch_{nullptr, nullptr, num_decodes, seqs, tokens, heads, kv_heads, dim},
-        sizes_(prefill_sizes(batch_, max_query_len, min_span)), min_span_(min_span) {}
+        options_{min_span, warpgroups},
+        sizes_(prefill_sizes(batch_, max_query_len, options_)) {}
 
   const PrefillSizes& sizes() const { return sizes_; }
   int64_t list_words() const { return prefill_list_words(sizes_); }
@@ -33,7 +34,7 @@ class PrefillStep {
     batch_.query_start = pointer<const int32_t>(query_start);
     batch_.seq_lens = pointer<const int32_t>(seq_lens);
     plan_ = prefill_plan(sizes_, batch_, pointer<int32_t>(lists), pointer<float>(partials));
-    plan_prefill(batch_, plan_, min_span_, on(stream));
+    plan_prefill(batch_, plan_, options_, on(stream));
   }
 
   void attend(int dtype, Address query, int64_t query_stride, Address key_cache,
@@ -59,9 +60,9 @@ class PrefillStep {
 
  private:
   PrefillBatch batch_;
+  PrefillOptions options_;
   PrefillSizes sizes_;
   PrefillPlan plan_{};
-  int32_t min_span_;
 };
 
 }  // namespace
@@ -70,13 +71,15 @@ void bind_prefill(py::module_& m) {
   const py::kw_only named;
   using py::operator""_a;
   py::class_<PrefillStep>(m, "PrefillStep")
-      .def(py::init<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t>(),
+      .def(py::init<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool>(),
            named, "tokens"_a, "seqs"_a, "num_decodes"_a, "max_query_len"_a, "heads"_a,
-           "kv_heads"_a, "dim"_a, "min_span"_a)
+           "kv_heads"_a, "dim"_a, "min_span"_a, "warpgroups"_a)
       .def_property_readonly("list_words", &PrefillStep::list_words)
       .def_property_readonly("partial_floats", &PrefillStep::partial_floats)
-      .def_property_readonly("max_items",
-                             [](const PrefillStep& step) { return step.sizes().max_items; })
+      .def_property_readonly("splits",
+                             [](const PrefillStep& step) { return step.sizes().max_splits > 0; })
+      .def_property_readonly("warpgroups",
+                             [](const PrefillStep& step) { return step.sizes().warpgroups; })
       .def("plan", &PrefillStep::plan, named, "query_start"_a, "seq_lens"_a, "lists"_a,
            "partials"_a, "stream"_a)
       .def("attend", &PrefillStep::attend, named, "dtype"_a, "query"_a, "query_stride"_a,

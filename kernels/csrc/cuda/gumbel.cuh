@@ -1,5 +1,5 @@
-// Draws by the Gumbel-max rule: the largest of logit / temperature + Gumbel noise is a sample of the
-// softmax (Maddison, Tarlow, Minka: "A* Sampling", 2014). The noise of token v in a draw is a hash
+// Draws by the Gumbel-max rule: the largest of logit / temperature + Gumbel noise is a sample of
+// the softmax (Maddison, Tarlow, Minka: "A* Sampling", 2014). Token v's noise in a draw is a hash
 // of (key, v), the very bits that octavo.engine.sampler makes.
 //
 // Noise costs much more than a logit does to read, so most is never made in full. With d the lead
@@ -27,17 +27,18 @@ __device__ __forceinline__ uint64_t mix(uint64_t value) {
 }
 
 // The upper halves of mix() for eight consecutive words, but for their lowest bit: the smallest and
-// the largest. The upper half of the words must be the same for all: see `straddles`.
+// the largest. The words must be the same from bit 30 on: see `straddles`.
 struct UpperHalves {
   uint32_t smallest = ~0u, largest = 0;
 
   __device__ __forceinline__ explicit UpperHalves(uint64_t first) {
     const uint64_t start = first + kGolden;
     const uint32_t low = uint32_t(start), high = uint32_t(start >> 32);
+    const uint32_t shifted = __funnelshift_r(low, high, 30);
     const uint32_t high_part = (high ^ (high >> 30)) * uint32_t(kMix1);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const uint32_t a = (low + i) ^ __funnelshift_r(low + i, high, 30);
+      const uint32_t a = (low + i) ^ shifted;
       const uint64_t product =
           uint64_t(a) * uint32_t(kMix1) + (uint64_t(a * uint32_t(kMix1 >> 32) + high_part) << 32);
       const uint32_t p_low = uint32_t(product), p_high = uint32_t(product >> 32);
@@ -52,7 +53,7 @@ struct UpperHalves {
 };
 
 __device__ __forceinline__ bool straddles(uint64_t first) {
-  return uint32_t(first + kGolden) > 0xffffffffu - (kGroup - 1);
+  return (uint32_t(first + kGolden) & 0x3fffffffu) > 0x3fffffffu - (kGroup - 1);
 }
 
 // Gumbel noise from a hashed word, operation by operation as the reference has it.
@@ -153,10 +154,10 @@ struct GumbelScan {
 
   // A score that one of the warp's tokens reaches: the smallest logit with the group's most noise,
   // or the largest with its least. For all threads of a warp.
-  __device__ void begin(int first, const Bounds& bounds, bool active) {
-    const uint64_t word = draw.key + uint64_t(int64_t(first));
+  __device__ void begin(int group, const Bounds& bounds, bool active) {
+    const uint64_t word = word_of(row.first(group));
     float reached = -INFINITY;
-    if (active && row.whole(first) && !straddles(word)) {
+    if (active && row.whole(group) && !straddles(word)) {
       const UpperHalves upper(word);
       if (bounds.smallest > cut_value) {
         reached = fmaf(bounds.smallest, per_unit, least_noise(upper.largest));
@@ -168,32 +169,43 @@ struct GumbelScan {
     raise(reached);
   }
 
+  __device__ __forceinline__ uint64_t word_of(int id) const {
+    return draw.key + uint64_t(int64_t(id));
+  }
+
   // In units of log 2: noise is at least log(1 - v) - log(v), which is no logarithm of a logarithm.
   __device__ __forceinline__ static float least_noise(uint32_t upper) {
     const float v = fmaf(float(~upper), 0x1p-32f, 0x1p-31f);
     return log2_quick(1.0f - v) - log2_quick(v);
   }
 
-  // For all threads of a warp; `largest` is the group's largest logit.
-  __device__ __forceinline__ void take(int first, float largest, bool active) {
+  // Two groups, of which `largest` is the largest logit. For all threads of a warp.
+  __device__ __forceinline__ void take(int group, int other, float largest) {
     const float reached = from_ordered(*bound);
     // Rounding here is some 2^-22 of the scores; NaN (infinities) looks at everything.
     const float margin = fmaf(fabsf(reached), 0x1p-20f, 0x1p-14f);
     const float lead = fminf(fmaf(largest, per_unit, 32.0f + margin - reached), 40.0f);
-    bool passes = active && largest >= cut_value && largest > -INFINITY && lead > kNoBetter;
     const uint32_t limit = __float2uint_ru(exp2_quick(lead) + 1.0f);  // saturates
-    const uint64_t word = draw.key + uint64_t(int64_t(first));
-    if (passes) passes = ~UpperHalves(word).largest <= limit || straddles(word);
-    if (__any_sync(~0u, passes)) look(first, limit, passes);
+    bool here = lead > kNoBetter && largest >= cut_value && largest > -INFINITY, there = here;
+    if (here) {
+      const uint64_t word = word_of(row.first(group)), word2 = word_of(row.first(other));
+      here = ~UpperHalves(word).largest <= limit || straddles(word);
+      there = ~UpperHalves(word2).largest <= limit || straddles(word2);
+    }
+    if (__any_sync(~0u, here || there)) {
+      float score = here ? look(row.first(group), limit) : -INFINITY;
+      if (there) score = fmaxf(score, look(row.first(other), limit));
+      raise(score);
+    }
   }
 
-  // Scores those of eight tokens that may win. Rare, so it is written to be short.
-  __device__ void look(int first, uint32_t limit, bool passes) {
+  // Scores those of eight tokens that may win; says what they reach. Rare, so it is written short.
+  __device__ float look(int first, uint32_t limit) {
     float reached = -INFINITY;
 #pragma unroll 1
-    for (int id = max(first, 0); passes && id < min(first + kGroup, row.vocab); ++id) {
-      const uint64_t hashed = mix(draw.key + uint64_t(id));
-      // The other half's lowest bit was left out above: one more.
+    for (int id = max(first, 0); id < min(first + kGroup, row.vocab); ++id) {
+      const uint64_t hashed = mix(word_of(id));
+      // The upper half's lowest bit was left out above: one more.
       if (~uint32_t(hashed >> 32) > limit + (limit != ~0u)) continue;
       const float x = row.value(id);
       if (!(x > -INFINITY) || order.place(x, id) < cut) continue;
@@ -201,7 +213,7 @@ struct GumbelScan {
       best.take(score, id);
       reached = fmaxf(reached, float(score * kLog2e));
     }
-    raise(reached);
+    return reached;
   }
 };
 

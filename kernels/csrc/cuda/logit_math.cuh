@@ -29,6 +29,13 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return result;
 }
 
+// The same, but not seen through: the compiler would rather work it out anew, time after time, than
+// keep it in a register.
+__device__ __forceinline__ int64_t kept(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // Logits are read in sixteen bytes, past the first-level cache: nobody reads them again soon.
 __device__ __forceinline__ uint4 load_vector(const void* address) {
   uint4 v;
@@ -44,7 +51,6 @@ struct Pair;
 
 template <>
 struct Pair<__nv_bfloat16> {
-  static constexpr uint16_t kLowest = 0xff80;  // -infinity
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     uint32_t result;
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
@@ -63,7 +69,6 @@ struct Pair<__nv_bfloat16> {
 
 template <>
 struct Pair<__half> {
-  static constexpr uint16_t kLowest = 0xfc00;
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     uint32_t result;
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));

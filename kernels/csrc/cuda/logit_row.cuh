@@ -63,31 +63,56 @@ struct Adjustment {
 
 // Groups begin where sixteen bytes do, so the first may begin `lead` tokens before the row.
 //
-// Most rows need nothing but a scale. There groups are worked on as they were loaded; where more is
-// to be done, and at a row's edges, token by token.
+// Most rows need nothing but a scale. There whole groups are plain: they are worked on as they were
+// loaded. Where more is to be done, and at a row's edges, it goes token by token.
 template <typename T>
 struct Row {
   const T* data;
+  const uint4* vectors;  // those of the first group
   int vocab, lead;
+  int first_plain, num_plain;  // groups
   float scale, softcap;
   const Adjustment* adjustment;  // null where nothing changes the row
 
+  static constexpr int kVectors = kGroup * sizeof(T) / 16;
+
   __device__ int groups() const { return (vocab + lead + kGroup - 1) / kGroup; }
-  __device__ int first(int group) const { return group * kGroup - lead; }
-  __device__ bool whole(int first) const { return first >= 0 && first + kGroup <= vocab; }
-  __device__ bool plain(int first) const {
-    return whole(first) && softcap == 0.0f && adjustment == nullptr;
+  __device__ __forceinline__ int first(int group) const { return group * kGroup - lead; }
+  __device__ __forceinline__ bool plain(int group) const {
+    return uint32_t(group - first_plain) < uint32_t(num_plain);
   }
 
-  // Tokens that the row does not have are -infinity.
-  __device__ __forceinline__ Group<T> load(int first) const {
-    Group<T> group;
-    if (whole(first)) {
-      load_whole(group, first);
+  // All of its tokens are the row's.
+  __device__ bool whole(int group) const {
+    return first(group) >= 0 && first(group) + kGroup <= vocab;
+  }
+
+  // Groups from `end` on are not loaded.
+  __device__ void load_before(int end) { num_plain = max(0, min(num_plain, end - first_plain)); }
+
+  __device__ void adjust(const Adjustment* by) {
+    adjustment = by;
+    num_plain = 0;
+  }
+
+  // Only a group that is worked on as it is loaded is loaded.
+  __device__ __forceinline__ Group<T> load(int group) const {
+    Group<T> loaded{};
+    if (!plain(group)) return loaded;
+    const uint4* from = vectors + int64_t(group) * kVectors;
+    const uint4 a = load_vector(from);
+    if constexpr (kVectors == 2) {
+      const uint4 b = load_vector(from + 1);
+      const uint32_t bits[kGroup] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) loaded.values[i] = __uint_as_float(bits[i]);
     } else {
-      load_edge(group, first);
+      loaded.pairs[0] = a.x;
+      loaded.pairs[1] = a.y;
+      loaded.pairs[2] = a.z;
+      loaded.pairs[3] = a.w;
     }
-    return group;
+    return loaded;
   }
 
   // As the model gave it.
@@ -105,19 +130,18 @@ struct Row {
     return adjustment == nullptr ? x : (*adjustment)(x, id);
   }
 
-  // Calls f(x, id) for the group's tokens.
+  // Calls f(x, id) for the group's tokens. In a loop, because f may be long; the group is moved
+  // along, because registers have no index.
   template <typename F>
-  __device__ __forceinline__ void visit(const Group<T>& group, int first, F f) const {
-    if (plain(first)) {
-      if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) f(scaled(group.values[i]), first + i);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kGroup / 2; ++i) {
-          f(scaled(Pair<T>::low(group.pairs[i])), first + 2 * i);
-          f(scaled(Pair<T>::high(group.pairs[i])), first + 2 * i + 1);
-        }
+  __device__ __forceinline__ void visit(int group, Group<T> loaded, F f) const {
+    const int first = this->first(group);
+    if (plain(group)) {
+#pragma unroll 1
+      for (int i = 0; i < kGroup; i += 2) {
+        float x, y;
+        take_two(loaded, x, y);
+        f(scaled(x), first + i);
+        f(scaled(y), first + i + 1);
       }
     } else {
 #pragma unroll 1
@@ -125,21 +149,21 @@ struct Row {
     }
   }
 
-  __device__ __forceinline__ Bounds bounds(const Group<T>& group, int first) const {
-    if (!plain(first)) return bounds_one_by_one(first);
+  __device__ __forceinline__ Bounds bounds(int group, const Group<T>& loaded) const {
+    if (!plain(group)) return bounds_one_by_one(first(group));
     if constexpr (sizeof(T) == 2) {
       using P = Pair<T>;
-      const uint32_t(&p)[kGroup / 2] = group.pairs;
+      const uint32_t(&p)[kGroup / 2] = loaded.pairs;
       const uint32_t large = P::larger(P::larger(p[0], p[1]), P::larger(p[2], p[3]));
       const uint32_t small = P::smaller(P::smaller(p[0], p[1]), P::smaller(p[2], p[3]));
       const float raw = scaled(max_or_nan(P::low(large), P::high(large)));
       return {raw, raw, scaled(fminf(P::low(small), P::high(small)))};
     } else {
-      float large = group.values[0], small = group.values[0];
+      float large = loaded.values[0], small = loaded.values[0];
 #pragma unroll
       for (int i = 1; i < kGroup; ++i) {
-        large = max_or_nan(large, group.values[i]);
-        small = fminf(small, group.values[i]);
+        large = max_or_nan(large, loaded.values[i]);
+        small = fminf(small, loaded.values[i]);
       }
       return {scaled(large), scaled(large), scaled(small)};
     }
@@ -149,7 +173,20 @@ struct Row {
   __device__ __forceinline__ float scaled(float x) const {
     return scale == 1.0f ? x : __fmul_rn(x, scale);
   }
-  __device__ bool holds(int id) const { return id >= 0 && id < vocab; }
+  // The group's first two; the others come nearer.
+  static __device__ __forceinline__ void take_two(Group<T>& group, float& x, float& y) {
+    if constexpr (sizeof(T) == 4) {
+      x = group.values[0];
+      y = group.values[1];
+#pragma unroll
+      for (int i = 2; i < kGroup; ++i) group.values[i - 2] = group.values[i];
+    } else {
+      x = Pair<T>::low(group.pairs[0]);
+      y = Pair<T>::high(group.pairs[0]);
+#pragma unroll
+      for (int i = 1; i < kGroup / 2; ++i) group.pairs[i - 1] = group.pairs[i];
+    }
+  }
 
   __device__ __forceinline__ Bounds bounds_one_by_one(int first) const {
     Bounds found{-INFINITY, -INFINITY, INFINITY};
@@ -163,46 +200,19 @@ struct Row {
     }
     return found;
   }
-
-  __device__ __forceinline__ void load_whole(Group<T>& group, int first) const {
-    const uint4 a = load_vector(data + first);
-    if constexpr (sizeof(T) == 4) {
-      const uint4 b = load_vector(data + first + kGroup / 2);
-      const uint32_t bits[kGroup] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) group.values[i] = __uint_as_float(bits[i]);
-    } else {
-      group.pairs[0] = a.x;
-      group.pairs[1] = a.y;
-      group.pairs[2] = a.z;
-      group.pairs[3] = a.w;
-    }
-  }
-
-  __device__ __forceinline__ void load_edge(Group<T>& group, int first) const {
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        group.values[i] = holds(first + i) ? data[first + i] : -INFINITY;
-      }
-    } else {
-      const uint16_t* bits = reinterpret_cast<const uint16_t*>(data);
-#pragma unroll
-      for (int i = 0; i < kGroup / 2; ++i) {
-        const int id = first + 2 * i;
-        const uint32_t low = holds(id) ? bits[id] : Pair<T>::kLowest;
-        const uint32_t high = holds(id + 1) ? bits[id + 1] : Pair<T>::kLowest;
-        group.pairs[i] = low | high << 16;
-      }
-    }
-  }
 };
 
 template <typename T>
 __device__ Row<T> row_of(const Logits& logits, int r) {
-  const T* data = static_cast<const T*>(logits.data) + r * logits.stride;
-  const int lead = int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
-  return {data, logits.vocab, lead, logits.scale, logits.softcap, nullptr};
+  const int64_t begin = kept(reinterpret_cast<int64_t>(static_cast<const T*>(logits.data) +
+                                                       r * logits.stride));
+  const T* data = reinterpret_cast<const T*>(begin);
+  const int lead = int(kept(begin % 16 / int(sizeof(T))));
+  const uint4* vectors = reinterpret_cast<const uint4*>(data - lead);
+  const int first_plain = lead > 0;
+  const int end_plain = logits.softcap == 0.0f ? (logits.vocab + lead) / kGroup : 0;
+  return {data, vectors, logits.vocab, lead, first_plain, max(0, end_plain - first_plain),
+          logits.scale, logits.softcap, nullptr};
 }
 
 __device__ inline Adjustment adjustment_of(const Adjustments& all, int pool_row, int64_t drawn) {

@@ -1,5 +1,5 @@
-// Log-probabilities of drawn tokens and of the most probable ones, a block a row. Sums and places are
-// exact integers or follow one fixed order, so a row's numbers do not depend on the other rows.
+// Log-probabilities of drawn tokens and of the most probable ones, a block a row. Sums are of
+// integers, so that they are the same in any order and whatever the other rows are.
 #include "cuda/launch.h"
 #include "cuda/row_select.cuh"
 
@@ -23,8 +23,7 @@ __device__ Spread spread_of(const Row<T>& row, float own, SelectShared& shared) 
   float largest = -INFINITY, smallest = INFINITY;
   uint32_t above = 0;
   for (int group = threadIdx.x; group < row.groups(); group += kSelectThreads) {
-    const int first = row.first(group);
-    row.visit(row.load(first), first, [&](float x, int) {
+    row.visit(group, row.load(group), [&](float x, int) {
       largest = fmaxf(largest, x);
       smallest = fminf(smallest, x);
       above += x > own;
@@ -47,19 +46,6 @@ __device__ Spread spread_of(const Row<T>& row, float own, SelectShared& shared) 
   return found;
 }
 
-// The `count` largest into the list.
-template <typename T>
-__device__ void list_largest(RowSelect<T>& select, int count) {
-  const Target target{false, uint64_t(count)};
-  const SelectShared::Found found = select.find(target);
-  if (found.before_count + found.count <= kList) {
-    select.gather([&](float x, int) { return select.bin(x) <= found.bin; });
-    return;
-  }
-  const uint64_t cut = select.locate(target, found, 0);
-  select.gather([&](float x, int id) { return select.order.place(x, id) >= cut; });
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kSelectThreads, 1) logprob_rows(const Problem p) {
   __shared__ SelectShared shared;
@@ -71,22 +57,20 @@ __global__ void __launch_bounds__(kSelectThreads, 1) logprob_rows(const Problem 
   const Row<T> row = row_of<T>(p.logits, r);
   const float own = row.raw(token);
   const Spread spread = spread_of(row, own, shared);
-  RowSelect<T> select(row, shared, spread.largest, spread.smallest, 1.0, false);
-  uint64_t weight = 0;
-  const auto bin_of = [&](float x, int) {
-    weight += select.weight(x);
-    return select.bin(x);
-  };
+  RowSelect<T> select(row, shared, spread.largest, spread.smallest, 1.0, true);
   const int count = min(min(wanted, p.out.top_stride), row.vocab);
-  if (count > 0) select.histogram(bin_of);
-  else select.each(bin_of);
-  const double total = spread.largest + log(double(select.sum(weight)) / RowSelect<T>::kWeightOne);
+  double total;
+  const Cut cut = select.search(0, [&]() -> Target {
+    const double weight = double(shared.total_weight) / RowSelect<T>::kWeightOne;
+    total = spread.largest + log(weight);
+    return {false, uint64_t(count)};
+  });
   if (threadIdx.x == 0) {
     p.out.logprob[r] = float(own - total);
     p.out.rank[r] = int(spread.rank);
   }
   if (count <= 0) return;
-  list_largest(select, count);
+  select.gather(cut);
   for (int i = threadIdx.x; i < count; i += kSelectThreads) {
     const uint64_t place = shared.list[i];
     p.out.top_ids[int64_t(r) * p.out.top_stride + i] = select.order.id(place);

@@ -13,6 +13,7 @@ void bind_blaslt(py::module_& m);
 void bind_device(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_moe(py::module_& m);
 void bind_prefill(py::module_& m);
 void bind_sampling(py::module_& m);
 
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_cuda, m) {
   octavo::cuda::bind_device(m);
   octavo::cuda::bind_elementwise(m);
   octavo::cuda::bind_gemm(m);
+  octavo::cuda::bind_moe(m);
   octavo::cuda::bind_prefill(m);
   octavo::cuda::bind_sampling(m);
 }

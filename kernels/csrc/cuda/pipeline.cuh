@@ -45,6 +45,15 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   } while (!done);
 }
 
+// Whether it would return at once.
+__device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
+  uint32_t passed;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+  return passed != 0;
+}
+
 // How many arrivals end a phase of a barrier that copy_rows completes.
 #if __CUDA_ARCH__ >= 900
 constexpr int kFillArrivals = 1;
@@ -57,6 +66,15 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy = 0;
 #if __CUDA_ARCH__ >= 800
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+// The L2 cache's usual one.
+__device__ __forceinline__ uint64_t keep_policy() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 800
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
 #endif
   return policy;
 }
@@ -138,6 +156,16 @@ struct Ring {
       barrier_init(empty(at), readers);
     }
     barrier_fence();
+  }
+  // By a whole warp that has read a stage. The fence holds the arrival back until the warp's loads
+  // are done: loads and the copy engine's writes are of different proxies (PTX ISA, "Async proxy"),
+  // and without it the arrival overtakes loads in flight and a row is overwritten while it is read.
+  __device__ void release(RingPosition at) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty(at));
   }
   __device__ void wait_filled(RingPosition at) const { barrier_wait(full(at), at.parity); }
   __device__ void wait_free(RingPosition at) const { barrier_wait(empty(at), at.parity ^ 1); }

@@ -10,24 +10,32 @@ namespace {
 
 constexpr int kPlanThreads = 1024;
 constexpr int kLengths = 1024;  // classes of item lengths, for the sort
-constexpr int kStep = 64;       // keys: spans begin at multiples of it
-// Blocks that run at once on a multiprocessor, and how many such rounds spans should give: more
-// rounds even out better, but every span's result is written and read again.
-constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kStep = 128;      // keys: spans begin at multiples of it
+// How many rounds of blocks spans should give: more rounds even out better, but every span's
+// result is written and read again.
 constexpr int kRounds = 2;
 constexpr int kMergeRows = 8;  // a block's
 constexpr int kCounts = 2;     // words before the items
 
-int multiprocessors() {
-  static const int count = [] {
-    int device = 0, value = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device),
+struct Device {
+  int multiprocessors, capability;
+};
+
+const Device& device() {
+  static const Device found = [] {
+    int number = 0, count = 0, major = 0;
+    check(cudaGetDevice(&number), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, number),
           "cudaDeviceGetAttribute");
-    return value;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number),
+          "cudaDeviceGetAttribute");
+    return Device{count, major};
   }();
-  return count;
+  return found;
 }
+
+// Blocks that run at once: a block with warpgroups has a multiprocessor for itself.
+int slots(bool warpgroups) { return device().multiprocessors * (warpgroups ? 1 : 2); }
 
 __host__ __device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -188,17 +196,26 @@ void launch_dim(const PrefillAttention& args, const PrefillBatch& batch, const P
 }
 
 template <typename T>
+void launch_tiles(const PrefillAttention& args, const PrefillBatch& batch, const PrefillPlan& plan,
+                  cudaStream_t stream) {
+  switch (batch.dim) {
+    case 64: return launch_dim<T, 64>(args, batch, plan, stream);
+    case 80: return launch_dim<T, 80>(args, batch, plan, stream);
+    case 96: return launch_dim<T, 96>(args, batch, plan, stream);
+    case 128: return launch_dim<T, 128>(args, batch, plan, stream);
+    case 256: return launch_dim<T, 256>(args, batch, plan, stream);
+  }
+  throw std::runtime_error("prefill_attention: no kernel for head dim " +
+                           std::to_string(batch.dim));
+}
+
+template <typename T>
 void launch_type(const PrefillAttention& args, const PrefillBatch& batch, const PrefillPlan& plan,
                  cudaStream_t stream) {
-  switch (batch.dim) {
-    case 64: launch_dim<T, 64>(args, batch, plan, stream); break;
-    case 80: launch_dim<T, 80>(args, batch, plan, stream); break;
-    case 96: launch_dim<T, 96>(args, batch, plan, stream); break;
-    case 128: launch_dim<T, 128>(args, batch, plan, stream); break;
-    case 256: launch_dim<T, 256>(args, batch, plan, stream); break;
-    default:
-      throw std::runtime_error("prefill_attention: no kernel for head dim " +
-                               std::to_string(batch.dim));
+  if (plan.sizes.warpgroups) {
+    prefill_warpgroup(args, batch, plan, device().multiprocessors, stream);
+  } else {
+    launch_tiles<T>(args, batch, plan, stream);
   }
   if (plan.sizes.max_splits > 0) {
     launch(merge_spans<T>,
@@ -217,21 +234,23 @@ bool prefill_serves(int64_t dim, int64_t block_size) {
   return paged && (dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256);
 }
 
-PrefillSizes prefill_sizes(const PrefillBatch& batch, int max_query_len, int min_span) {
+PrefillSizes prefill_sizes(const PrefillBatch& batch, int max_query_len, PrefillOptions options) {
   const int group = batch.heads / batch.kv_heads;
   const int seqs = batch.seqs - batch.num_decodes, tokens = batch.tokens - batch.num_decodes;
   // A smaller tile wastes less where it is filled by few rows, and is all that fits for wide heads.
   const bool small = batch.dim > 128 || int64_t(max_query_len) * group <= 64;
   const int tile_rows = small ? 64 : 128;
-  if (seqs <= 0 || tokens <= 0) return {tile_rows, 0, 0, 0};
+  if (seqs <= 0 || tokens <= 0) return {false, tile_rows, 0, 0, 0};
+  const bool warpgroups = options.warpgroups && !small && device().capability == 9 &&
+                          (batch.dim == 64 || batch.dim == 128);
   const int tiles = int(int64_t(tokens) * group / tile_rows) + std::min(seqs, tokens);
-  const int slots = multiprocessors() * kBlocksPerMultiprocessor;
   // Three quarters full is as good as full: fewer blocks on a multiprocessor run faster.
-  const bool split = min_span > 0 && int64_t(tiles) * batch.kv_heads * 4 < int64_t(slots) * 3;
-  if (!split) return {tile_rows, tiles, 0, 0};
+  const bool split = options.min_span > 0 &&
+                     int64_t(tiles) * batch.kv_heads * 4 < int64_t(slots(warpgroups)) * 3;
+  if (!split) return {warpgroups, tile_rows, tiles, 0, 0};
   // Rounding up the parts of every tile adds at most one item a tile.
-  const int items = divide_up(slots * kRounds, batch.kv_heads) + tiles;
-  return {tile_rows, items, tiles, items};
+  const int items = divide_up(slots(warpgroups) * kRounds, batch.kv_heads) + tiles;
+  return {warpgroups, tile_rows, items, tiles, items};
 }
 
 int64_t prefill_list_words(const PrefillSizes& sizes) {
@@ -253,12 +272,12 @@ PrefillPlan prefill_plan(const PrefillSizes& sizes, const PrefillBatch& batch, i
   return plan;
 }
 
-void plan_prefill(const PrefillBatch& batch, const PrefillPlan& plan, int min_span,
+void plan_prefill(const PrefillBatch& batch, const PrefillPlan& plan, PrefillOptions options,
                   cudaStream_t stream) {
   if (plan.sizes.max_items == 0) return;
-  const int wanted = divide_up(multiprocessors() * kBlocksPerMultiprocessor * kRounds,
-                               batch.kv_heads);
-  launch(plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream, batch, plan, min_span, wanted);
+  const int wanted = divide_up(slots(plan.sizes.warpgroups) * kRounds, batch.kv_heads);
+  launch(plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream, batch, plan, options.min_span,
+         wanted);
 }
 
 void prefill_attention(const PrefillAttention& args, const PrefillBatch& batch,

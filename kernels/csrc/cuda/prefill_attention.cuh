@@ -37,7 +37,7 @@ struct TileShape {
   static constexpr int kQueryBytes = kRows * kPitch * 2;
   static constexpr int kStepBytes = kKeys * kPitch * 2;
   static constexpr int kGroups = kKeys / 8;           // of adjacent keys
-  static constexpr int kShared = kQueryBytes + 4 * kStepBytes + (3 * kRows + 2 * kGroups) * 4;
+  static constexpr int kShared = kQueryBytes + 4 * kStepBytes + (4 * kRows + 2 * kGroups) * 4;
 
   static __device__ uint32_t place(uint32_t row, uint32_t unit) {
     return row * kRowBytes + unit * 16;
@@ -170,14 +170,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x < Shape::kGroups) slots[step % 2 * Shape::kGroups + threadIdx.x] = slot;
   };
   const auto copy = [&](uint32_t to, const T* cache, int step) {
-    copy_step<Shape>(to + step % 2 * Shape::kStepBytes, cache,
-                     slots + step % 2 * Shape::kGroups, step, row, keys);
+    const auto slot_of = [&](uint32_t group) {
+      return slots[step % 2 * Shape::kGroups + group];
+    };
+    copy_step<Shape>(to + step % 2 * Shape::kStepBytes, cache, slot_of, step, row, keys);
     commit_copies();
   };
 
   fill<Shape>(table, tile, args, batch.heads, kv_head);
-  keep_slot(first_step, pages.first_slot<Shape>(first_step, keys));
-  keep_slot(first_step + 1, pages.first_slot<Shape>(first_step + 1, keys));
+  keep_slot(first_step, pages.first_slot<Shape>(first_step, threadIdx.x, keys));
+  keep_slot(first_step + 1, pages.first_slot<Shape>(first_step + 1, threadIdx.x, keys));
   __syncthreads();
   // Groups of copies: queries and keys; values; then keys and values, step by step.
   if (first_step < end_step) {
@@ -191,14 +193,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                   tile.rows, args.window);
   const uint32_t own = queries + threadIdx.x / 32 * Shape::kWarpRows * Shape::kPitch * 2;
   Accumulator<Shape> rows;
-  begin<Shape>(rows, args, exponent, tile, kv_head, args.sinks != nullptr && item.part <= 0);
+  begin<Shape>(rows, table, exponent, args.sinks != nullptr && item.part == 0);
   for (int step = first_step; step < end_step; ++step) {
     const int key = step * Shape::kKeys;
     const uint32_t buffer = step % 2 * Shape::kStepBytes;
     const bool more = step + 1 < end_step;
     wait_copies<1>();
     __syncthreads();  // this step's keys are here; no warp is in the last step any more
-    const int slot = pages.first_slot<Shape>(step + 2, keys);  // kept after the scores
+    const int slot = pages.first_slot<Shape>(step + 2, threadIdx.x, keys);  // kept after the scores
     if (more) {
       copy(keys_at, key_cache, step + 1);
     } else {
@@ -212,7 +214,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (exponent.softcap > 0) cap<Shape>(scores, exponent);
       if (warp.sees_not_all<Shape>(key)) mask<Shape>(scores, table.position, key, args.window);
       float shrink[Shape::kBands][2];
-      if (weigh<Shape>(weights, scores, rows, exponent, shrink)) scale_rows<Shape>(rows, shrink);
+      if (weigh<Shape>(scores, rows, exponent, shrink)) scale_rows<Shape>(rows, shrink);
+      pack_weights<Shape>(weights, scores);
     }
     keep_slot(step, slot);  // of step + 2: in the place of this step's, which no copy needs now
     wait_copies<1>();

@@ -18,7 +18,7 @@ namespace octavo::cuda {
 struct PrefillItem {
   int32_t sequence;
   int32_t tile;        // its rows are tile * tile_rows .. of the sequence's tokens * group
-  int32_t first, end;  // positions of the keys; first is a multiple of 64, so is an inner end
+  int32_t first, end;  // positions of the keys; first is a multiple of 128, so is an inner end
   int32_t partial;     // where its result goes if the tile has several spans, else -1
   int32_t part;        // which of the tile's spans; sinks belong to the first
 };
@@ -38,6 +38,7 @@ struct PrefillBatch {
 
 // What the plan's buffers have to hold: bounds from what the host knows, for any lengths.
 struct PrefillSizes {
+  bool warpgroups;       // which of the two kernels runs
   int32_t tile_rows;
   int32_t max_items;
   int32_t max_splits;    // split tiles; 0: nothing is split
@@ -71,9 +72,14 @@ struct PrefillAttention {
 // Whether there is a kernel: dims 64, 80, 96, 128, 256; block sizes 8, 16 .. that are powers of 2.
 bool prefill_serves(int64_t dim, int64_t block_size);
 
-// Tiles are split into spans of at least `min_span` keys, 0: never. Unsplit, a row's bits depend
-// on its own keys alone, whatever the chunks and the batch; split, also on how full the device is.
-PrefillSizes prefill_sizes(const PrefillBatch& batch, int max_query_len, int min_span);
+struct PrefillOptions {
+  // Tiles are split into spans of at least so many keys, 0: never. Unsplit and without warpgroups
+  // a row's bits depend on its own keys alone, whatever the chunks and the batch.
+  int32_t min_span;
+  bool warpgroups;  // Hopper's products, where there are tiles of 128 rows and a kernel for the dim
+};
+
+PrefillSizes prefill_sizes(const PrefillBatch& batch, int max_query_len, PrefillOptions options);
 
 // How large a plan's device buffers are, and the plan that lies in them.
 int64_t prefill_list_words(const PrefillSizes& sizes);  // of 4 bytes
@@ -82,11 +88,15 @@ PrefillPlan prefill_plan(const PrefillSizes& sizes, const PrefillBatch& batch, i
                          float* partials);
 
 // Fills the plan's counts, items and splits.
-void plan_prefill(const PrefillBatch& batch, const PrefillPlan& plan, int min_span,
+void plan_prefill(const PrefillBatch& batch, const PrefillPlan& plan, PrefillOptions options,
                   cudaStream_t stream);
 
 // Writes the rows of `out` of all sequences but the decodes.
 void prefill_attention(const PrefillAttention& args, const PrefillBatch& batch,
                        const PrefillPlan& plan, cudaStream_t stream);
+
+// The part of prefill_attention() for a plan with warpgroups.
+void prefill_warpgroup(const PrefillAttention& args, const PrefillBatch& batch,
+                       const PrefillPlan& plan, int multiprocessors, cudaStream_t stream);
 
 }  // namespace octavo::cuda

@@ -85,15 +85,12 @@ __device__ __forceinline__ void scale_rows(Accumulator<Shape>& rows,
   }
 }
 
-// Of a packed pair. Weights are summed as they were rounded: then their shares add up to one, and
-// a key that alone matters gives its value exactly.
 template <typename T>
-__device__ __forceinline__ float sum_of(uint32_t pair) {
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
   } else {
-    const float2 both = __half22float2(reinterpret_cast<const __half2&>(pair));
-    return both.x + both.y;
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
   }
 }
 
@@ -101,11 +98,14 @@ __device__ __forceinline__ float sum_of(uint32_t pair) {
 // to the new one, only when a score is so much larger (log2) that weights would grow too large:
 // after a few steps that is rare, and what it costs is saved (FlashAttention-4 does the same).
 // Returns whether a row of the warp's was raised: then `out` is to be scaled by `shrink`.
+//
+// Weights are rounded, and summed as they were rounded: then their shares add up to one, and a key
+// that alone matters gives its value exactly.
 constexpr float kSlack = 8;
 
 template <typename Shape>
-__device__ __forceinline__ bool weigh(Weights<Shape>& weights, const Scores<Shape>& scores,
-                                      Accumulator<Shape>& rows, const Exponent& exponent,
+__device__ __forceinline__ bool weigh(Scores<Shape>& scores, Accumulator<Shape>& rows,
+                                      const Exponent& exponent,
                                       float (&shrink)[Shape::kBands][2]) {
   const float factor = exponent.factor;
   bool any_raised = false;
@@ -133,9 +133,11 @@ __device__ __forceinline__ bool weigh(Weights<Shape>& weights, const Scores<Shap
       for (int n = 0; n < Shape::kKeys / 8; ++n) {
         const float even = power_of_two(scores[band][n][2 * half] * factor - base);
         const float odd = power_of_two(scores[band][n][2 * half + 1] * factor - base);
-        const uint32_t pair = pack<typename Shape::Type>(even, odd);
-        weights[band][n / 2][n % 2 * 2 + half] = pair;
-        sum += sum_of<typename Shape::Type>(pair);
+        const float2 rounded =
+            unpack<typename Shape::Type>(pack<typename Shape::Type>(even, odd));
+        sum += rounded.x + rounded.y;
+        scores[band][n][2 * half] = rounded.x;
+        scores[band][n][2 * half + 1] = rounded.y;
       }
       rows.sum[band][half] = rows.sum[band][half] * shrink[band][half] + sum;
     }
@@ -143,11 +145,28 @@ __device__ __forceinline__ bool weigh(Weights<Shape>& weights, const Scores<Shap
   return __any_sync(~0u, any_raised);
 }
 
+// Weights as the left factor of a product. They are rounded already; a product of Hopper's may
+// read its factor until it is done, so packing is a step of its own.
+template <typename Shape>
+__device__ __forceinline__ void pack_weights(Weights<Shape>& packed,
+                                             const Scores<Shape>& weights) {
+#pragma unroll
+  for (int band = 0; band < Shape::kBands; ++band) {
+#pragma unroll
+    for (int n = 0; n < Shape::kKeys / 8; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        packed[band][n / 2][n % 2 * 2 + half] = pack<typename Shape::Type>(
+            weights[band][n][2 * half], weights[band][n][2 * half + 1]);
+      }
+    }
+  }
+}
+
 // Sinks take part as a first score that has no value.
 template <typename Shape>
-__device__ __forceinline__ void begin(Accumulator<Shape>& rows, const PrefillAttention& args,
-                                      const Exponent& exponent, const Tile& tile, int kv_head,
-                                      bool with_sinks) {
+__device__ __forceinline__ void begin(Accumulator<Shape>& rows, const RowTable<Shape>& table,
+                                      const Exponent& exponent, bool with_sinks) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int band = 0; band < Shape::kBands; ++band) {
@@ -157,8 +176,7 @@ __device__ __forceinline__ void begin(Accumulator<Shape>& rows, const PrefillAtt
       rows.sum[band][half] = 0;
       if (with_sinks) {
         const int row = threadIdx.x / 32 * Shape::kWarpRows + band * 16 + half * 8 + lane / 4;
-        const float sink = args.sinks[kv_head * tile.group + tile.head(row)];
-        rows.maximum[band][half] = sink * (kLog2E / exponent.factor);
+        rows.maximum[band][half] = table.sink[row] * (kLog2E / exponent.factor);
         rows.sum[band][half] = lane % 4 == 0 ? 1 : 0;
       }
     }

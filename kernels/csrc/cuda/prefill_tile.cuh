@@ -57,6 +57,7 @@ template <typename Shape>
 struct RowTable {
   int32_t position[Shape::kRows];
   uint32_t query[Shape::kRows], out[Shape::kRows];
+  float sink[Shape::kRows];
 };
 
 // By one thread a row; rows past the last stand where it does.
@@ -70,6 +71,7 @@ __device__ __forceinline__ void fill(RowTable<Shape>& table, const Tile& tile,
   table.position[row] = tile.position + token;
   table.query[row] = uint32_t(at * (args.query_stride / 8) + head * Shape::kUnits);
   table.out[row] = uint32_t((at * heads + head) * Shape::kUnits);
+  if (args.sinks != nullptr) table.sink[row] = args.sinks[head];
 }
 
 // Rows that go through the steps together, by where the first and the last of them stand.
@@ -98,27 +100,27 @@ struct Keys {
   int first, end, seen;
 };
 
-// A thread's share of looking up a step's pages: blocks hold 8 slots or more, so 8 keys that
-// begin at a multiple of 8 are always adjacent. Thread i finds the slot of the i-th 8 keys.
+// Looks up a step's pages: blocks hold 8 slots or more, so 8 keys that
+// begin at a multiple of 8 are always adjacent. first_slot() finds the slot of a group of them.
 struct Pages {
   const int32_t* table;
   int shift;  // of a position to its block
 
   template <typename Shape>
-  __device__ int first_slot(int step, const Keys& keys) const {
-    const int position = step * Shape::kKeys + copier() * 8;
-    const bool wanted = copier() < Shape::kGroups && position < keys.end &&
-                        position + 8 > keys.seen;
+  __device__ int first_slot(int step, uint32_t group, const Keys& keys) const {
+    const int position = step * Shape::kKeys + group * 8;
+    const bool wanted =
+        group < Shape::kGroups && position < keys.end && position + 8 > keys.seen;
     if (!wanted) return 0;
     return (table[position >> shift] << shift) + (position & ((1 << shift) - 1));
   }
 };
 
-// Copies a step's keys (or values), zeros for those out of keys.seen..keys.end. `slots` are what
-// first_slot() found; `row` is how many units of 16 bytes lie from slot to slot.
-template <typename Shape>
+// Copies a step's keys (or values), zeros for those out of keys.seen..keys.end. slot_of(group) is
+// what first_slot() found; `row` is how many units of 16 bytes lie from slot to slot.
+template <typename Shape, typename SlotOf>
 __device__ __forceinline__ void copy_step(uint32_t to, const typename Shape::Type* cache,
-                                          const int32_t* slots, int step, uint32_t row,
+                                          const SlotOf& slot_of, int step, uint32_t row,
                                           const Keys& keys) {
   constexpr uint32_t kTeams = Shape::kTeams;
   const uint32_t team = copier() / Shape::kTeam, unit = copier() % Shape::kTeam;
@@ -131,7 +133,8 @@ __device__ __forceinline__ void copy_step(uint32_t to, const typename Shape::Typ
     const bool wanted =
         whole || (first + int(key) >= keys.seen && first + int(key) < keys.end);
     // 32 bits hold it for caches of up to 64 GiB a layer.
-    const uint32_t from = wanted ? slots[group] * row + (member * row + unit) : 0;
+    const uint32_t slot = slot_of(group);
+    const uint32_t from = wanted ? slot * row + (member * row + unit) : 0;
     copy_async_16(to + Shape::place(team, unit) + i * (kTeams * Shape::kRowBytes),
                   reinterpret_cast<const uint4*>(cache) + from, wanted);
   };

@@ -1,6 +1,6 @@
 // Where a row is cut: its k largest logits, or the fewest that reach a share of the probability.
-// No sort of the row: a histogram over all of it finds the bin in which the cut falls, and only what
-// could matter is put into a list and sorted. Bins that hold more than the list are divided again.
+// No sort of the row: a histogram over all of it finds the bin in which the cut falls, and only
+// what could matter is put into a list and sorted. A bin that is too much for it is divided again.
 //
 // Weights (probabilities before they are normed) are added as integers, so a sum does not depend on
 // the order of atomic operations, and equal rows get equal tokens.
@@ -36,6 +36,31 @@ struct Target {
   uint64_t amount;
 };
 
+// Places between two, in bins of the value or of 2^shift places each.
+struct Range {
+  uint64_t low, high;
+  int shift;
+
+  __device__ bool by_value() const { return shift < 0; }
+  __device__ bool everything() const { return low == 0 && by_value(); }
+  __device__ bool holds(uint64_t place) const { return low <= place && place <= high; }
+  __device__ int bin(uint64_t place) const { return int((high - place) >> shift); }
+  __device__ Range part(int bin) const {
+    const uint64_t size = uint64_t(1) << shift, top = high - (uint64_t(bin) << shift);
+    return {top - low < size ? low : top - size + 1, top, 0};
+  }
+  __device__ void divide() { shift = max(0, 64 - __clzll(high - low) - kBinBits); }
+};
+
+// What is kept: tokens that come at `from` or before; of these, if `last_bin` is one, those up to
+// that bin are a few more than are kept and fit into the list.
+struct Cut {
+  uint64_t from;
+  int last_bin;
+
+  __device__ bool listable() const { return last_bin < kBins; }
+};
+
 template <typename T>
 struct RowSelect {
   const Row<T>& row;
@@ -58,9 +83,10 @@ struct RowSelect {
     bins_per_unit = fminf(float(kBins - 1) / width, 1e30f);
   }
 
-  // Rises where x falls.
+  // Rises where x falls. Rounded by adding 2^23, for conversions are slow.
   __device__ __forceinline__ int bin(float x) const {
-    return min(__float2int_rz((largest - x) * bins_per_unit), kBins - 1);
+    const float place = fminf((largest - x) * bins_per_unit, float(kBins - 1));
+    return int(__float_as_uint(place + 0x1p23f) & (kBins - 1));
   }
 
   __device__ __forceinline__ uint64_t weight(float x) const {
@@ -77,24 +103,22 @@ struct RowSelect {
   __device__ __forceinline__ void each(F f) const {
     const int groups = row.groups();
     int group = threadIdx.x;
-    Group<T> now{}, next{};
-    if (group < groups) now = row.load(row.first(group));
+    Group<T> now = row.load(group);
     for (; group < groups; group += kSelectThreads) {
-      if (group + kSelectThreads < groups) next = row.load(row.first(group + kSelectThreads));
-      row.visit(now, row.first(group), f);
+      const Group<T> next = row.load(group + kSelectThreads);
+      row.visit(group, now, f);
       now = next;
     }
   }
 
-  // Counts and weights by bin; bin_of(x, id) is -1 for what is not looked at.
-  template <typename F>
-  __device__ void histogram(F bin_of) {
+  // Counts and weights by bin of the tokens in the range.
+  __device__ __forceinline__ void histogram(const Range& range) {
     clear();
     uint32_t last_count = 0;
     uint64_t last_weight = 0;
     each([&](float x, int id) {
-      const int b = bin_of(x, id);
-      if (b < 0) return;
+      if (!range.everything() && !range.holds(order.place(x, id))) return;
+      const int b = range.by_value() ? bin(x) : range.bin(order.place(x, id));
       const uint64_t w = weighted ? weight(x) : 0;
       if (b == kBins - 1) {  // where most of the row is: not a matter for atomics
         ++last_count;
@@ -176,18 +200,6 @@ struct RowSelect {
     __syncthreads();
   }
 
-  // Of all threads' numbers.
-  __device__ uint64_t sum(uint64_t own) {
-    for (int by = 16; by > 0; by /= 2) own += __shfl_xor_sync(~0u, own, by);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) shared.warp_weight[threadIdx.x / 32] = own;
-    __syncthreads();
-    uint64_t all = 0;
-    for (int w = 0; w < kSelectThreads / 32; ++w) all += shared.warp_weight[w];
-    __syncthreads();
-    return all;
-  }
-
   // The bin in which the target is reached; it must be, by what the bins hold together.
   __device__ SelectShared::Found find(Target target) {
     uint32_t before_count;
@@ -212,7 +224,7 @@ struct RowSelect {
 
   // Puts what `wanted(x, id)` says into the list, in the order of Order. There must be room.
   template <typename F>
-  __device__ int gather(F wanted) {
+  __device__ __forceinline__ int gather(F wanted) {
     clear();
     each([&](float x, int id) {
       if (wanted(x, id)) shared.list[atomicAdd(&shared.listed, 1)] = order.place(x, id);
@@ -257,7 +269,7 @@ struct RowSelect {
     __syncthreads();
   }
 
-  // The smallest key in [low, high] for which holds(key), which is so for `high` and stays so above.
+  // The smallest key in [low, high] for which holds(key), which is so for `high` and all above it.
   template <typename F>
   __device__ uint32_t lowest_key(uint32_t low, uint32_t high, F holds) {
     if (threadIdx.x < 32) {
@@ -278,36 +290,49 @@ struct RowSelect {
     return key;
   }
 
-  // The exact place of the target, which falls into `found`, a bin of the first histogram.
-  __device__ uint64_t locate(Target target, SelectShared::Found found, uint64_t cut) {
-    const uint32_t top = ordered(largest), bottom = ordered(smallest);
-    const uint32_t low_key = lowest_key(
-        bottom, top, [&](uint32_t key) { return bin(from_ordered(key)) <= found.bin; });
-    uint64_t high = order.last(top), low = max(order.first(low_key), cut);
-    if (found.bin > 0) {
-      high = order.first(lowest_key(bottom, top, [&](uint32_t key) {
-               return bin(from_ordered(key)) < found.bin;
-             })) - 1;
-    }
-    for (;;) {
-      target.amount -= target.by_weight ? found.before_weight : found.before_count;
-      if (found.count <= kList) break;
-      const int shift = max(0, 64 - __clzll(high - low) - kBinBits);
-      histogram([&](float x, int id) {
-        const uint64_t place = order.place(x, id);
-        return place < low || place > high ? -1 : int((high - place) >> shift);
-      });
-      found = find(target);
-      high -= uint64_t(found.bin) << shift;
-      const uint64_t size = uint64_t(1) << shift;
-      if (high - low >= size) low = high - size + 1;
-    }
-    const int length = gather([&](float x, int id) {
-      const uint64_t place = order.place(x, id);
-      return place >= low && place <= high;
+  // All of what is kept, and what else there is room for, into the list.
+  __device__ __forceinline__ int gather(const Cut& cut) {
+    return gather([&](float x, int id) {
+      return bin(x) <= cut.last_bin && (cut.from == 0 || order.place(x, id) >= cut.from);
     });
-    list_as_bins(length);
-    return shared.list[find(target).bin];
+  }
+
+  // Where the target falls among the tokens that come at `from` or before. choose() says what it is
+  // once the totals are known; an amount of 0 cuts nothing.
+  template <typename F>
+  __device__ __forceinline__ Cut search(uint64_t from, F choose) {
+    Range range{from, ~uint64_t(0), -1};
+    Target target{};
+    for (;;) {
+      histogram(range);
+      if (range.by_value()) {
+        total();
+        target = choose();
+        if (target.amount == 0) return {from, kBins};
+      }
+      const SelectShared::Found found = find(target);
+      if (range.by_value() && found.before_count + found.count <= kList) return {from, found.bin};
+      target.amount -= target.by_weight ? found.before_weight : found.before_count;
+      range = range.by_value() ? range_of(found.bin, from) : range.part(found.bin);
+      if (found.count <= kList) break;
+      range.divide();
+    }
+    list_as_bins(gather([&](float x, int id) { return range.holds(order.place(x, id)); }));
+    return {shared.list[find(target).bin], kBins};
+  }
+
+  // What falls into a bin of the first histogram, at `from` or before.
+  __device__ Range range_of(int b, uint64_t from) {
+    const uint32_t top = ordered(largest), bottom = ordered(smallest);
+    const uint32_t low =
+        lowest_key(bottom, top, [&](uint32_t key) { return bin(from_ordered(key)) <= b; });
+    Range range{max(order.first(low), from), order.last(top), 0};
+    if (b > 0) {
+      range.high = order.first(lowest_key(bottom, top, [&](uint32_t key) {
+                     return bin(from_ordered(key)) < b;
+                   })) - 1;
+    }
+    return range;
   }
 };
 

@@ -68,64 +68,67 @@ __device__ Row<T> sampled_row(const Problem& p, int r, int slot, Adjustment& adj
       adjustment = adjustment_of(s.adjustments, pool_row, s.count[slot]);
     }
     __syncthreads();
-    row.adjustment = &adjustment;
+    row.adjust(&adjustment);
   }
   return row;
 }
 
-// A thread's share of a part, by a mode's own rule for a group; two loads run ahead of the work.
+// A thread's share of a part. The next groups are loaded while those at hand are worked on, and all
+// threads take the same number of turns: warps act together.
 template <typename T>
 struct PartScan {
   const Row<T>& row;
   int begin, end;
-  Part found{-INFINITY, -1, -INFINITY, INFINITY, false, false};
+  float raw = -INFINITY;  // the largest before adjustments, or NaN
 
-  template <typename F>
-  __device__ __forceinline__ void each(F take) {
+  __device__ __forceinline__ Bounds bounds(int group, const Group<T>& loaded) {
+    if (group >= end) return {-INFINITY, -INFINITY, INFINITY};
+    const Bounds found = row.bounds(group, loaded);
+    raw = max_or_nan(raw, found.raw);
+    return found;
+  }
+
+  __device__ Part part(double score, int id, float largest, float smallest) const {
+    return {score, id, largest, smallest, !(raw < INFINITY), raw > -INFINITY};
+  }
+
+  __device__ Part largest() {
+    float largest = -INFINITY, smallest = INFINITY;
+    int id = -1;
     int group = begin + threadIdx.x;
-    Group<T> now = fetch(group), next = fetch(group + kScanThreads);
-    // The same number of turns for all threads: warps act together.
-    for (int base = begin; base < end; base += kScanThreads, group += kScanThreads) {
-      const Group<T> later = fetch(group + 2 * kScanThreads);
-      const bool active = group < end;
-      const int first = row.first(group);
-      Bounds bounds{-INFINITY, -INFINITY, INFINITY};
-      if (active) bounds = row.bounds(now, first);
-      found.unusable |= !(bounds.raw < INFINITY);
-      found.finite |= bounds.raw > -INFINITY;
-      take(now, first, bounds, active, base == begin);
+    Group<T> now = row.load(group), next = row.load(group + kScanThreads);
+    for (; group < end; group += kScanThreads) {
+      const Group<T> later = row.load(group + 2 * kScanThreads);
+      const Bounds found = bounds(group, now);
+      smallest = fminf(smallest, found.smallest);
+      if (found.largest > largest) {
+        largest = found.largest;
+        int first = INT_MAX;
+        row.visit(group, now, [&](float x, int i) {
+          if (x == largest) first = min(first, i);
+        });
+        id = first;
+      }
       now = next;
       next = later;
     }
+    return part(largest, id, largest, smallest);
   }
 
-  __device__ __forceinline__ Group<T> fetch(int group) const {
-    return group < end ? row.load(row.first(group)) : Group<T>{};
-  }
-
-  __device__ void largest() {
-    each([&](const Group<T>& group, int first, const Bounds& bounds, bool, bool) {
-      found.smallest = fminf(found.smallest, bounds.smallest);
-      if (bounds.largest > found.largest) {
-        found.largest = bounds.largest;
-        int id = INT_MAX;
-        row.visit(group, first, [&](float x, int i) {
-          if (x == bounds.largest) id = min(id, i);
-        });
-        found.id = id;
-      }
-    });
-    found.score = found.largest;
-  }
-
-  __device__ void gumbel(const Draw& draw, uint32_t* bound) {
+  __device__ Part gumbel(const Draw& draw, uint32_t* bound) {
     GumbelScan<T> scan(row, draw, bound, 0);
-    each([&](const Group<T>&, int first, const Bounds& bounds, bool active, bool at_first) {
-      if (at_first) scan.begin(first, bounds, active);
-      scan.take(first, bounds.largest, active);
-    });
-    found.score = scan.best.score;
-    found.id = scan.best.id;
+    int group = begin + threadIdx.x;
+    Group<T> now = row.load(group), other = row.load(group + kScanThreads);
+    for (int base = begin; base < end; base += 2 * kScanThreads, group += 2 * kScanThreads) {
+      const Group<T> next = row.load(group + 2 * kScanThreads);
+      const Group<T> next_other = row.load(group + 3 * kScanThreads);
+      const Bounds here = bounds(group, now), there = bounds(group + kScanThreads, other);
+      if (base == begin) scan.begin(group, here, group < end);
+      scan.take(group, group + kScanThreads, fmaxf(here.largest, there.largest));
+      now = next;
+      other = next_other;
+    }
+    return part(scan.best.score, scan.best.id, -INFINITY, INFINITY);
   }
 };
 
@@ -147,7 +150,7 @@ __device__ Part block_part(Part own, Best* scratch, uint32_t (*ranges)[2]) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kScanThreads, sizeof(T) == 4 ? 4 : 5) scan_parts(const Problem p) {
+__global__ void __launch_bounds__(kScanThreads, 4) scan_parts(const Problem p) {
   __shared__ Adjustment adjustment;
   __shared__ uint32_t bound;
   __shared__ Best scratch[32];
@@ -159,12 +162,14 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 4 ? 4 : 5) scan_par
   const int r = blockIdx.y, slot = slot_of(p.sampling, r);
   const Mode mode = mode_of(p.sampling, slot, p.logits.vocab);
   if (mode == Mode::kPadding) return;
-  const Row<T> row = sampled_row<T>(p, r, slot, adjustment);
+  Row<T> row = sampled_row<T>(p, r, slot, adjustment);
   const int begin = blockIdx.x * p.groups_per_part;
-  PartScan<T> scan{row, begin, min(begin + p.groups_per_part, row.groups())};
-  if (mode == Mode::kPlain) scan.gumbel(draw_of(p.sampling, slot), &bound);
-  else scan.largest();
-  const Part part = block_part(scan.found, scratch, ranges);
+  const int end = min(begin + p.groups_per_part, row.groups());
+  row.load_before(end);
+  PartScan<T> scan{row, begin, end};
+  const Part found =
+      mode == Mode::kPlain ? scan.gumbel(draw_of(p.sampling, slot), &bound) : scan.largest();
+  const Part part = block_part(found, scratch, ranges);
   if (threadIdx.x == 0) p.parts[r * p.num_parts + blockIdx.x] = part;
 }
 
@@ -239,38 +244,28 @@ struct Narrowing {
     return {true, max(uint64_t(1), min(whole, uint64_t(amount)))};
   }
 
-  __device__ void histogram(uint64_t cut) {
-    select.histogram([&](float x, int id) {
-      return select.order.place(x, id) < cut ? -1 : select.bin(x);
-    });
-    select.total();
-  }
-
   __device__ Best run(float min_p, int& kept) {
-    uint64_t cut = after_min_p(min_p);
-    if (top_k <= 0 && !(top_p < 1.0f)) return from_row(cut, kept);
-    histogram(cut);
-    const bool counts = top_k > 0 && uint32_t(top_k) < select.shared.total_count;
-    if (!counts && !(top_p < 1.0f)) return from_row(cut, kept);
-    Target target = counts ? Target{false, uint64_t(top_k)} : share(select.shared.total_weight);
-    SelectShared::Found found = select.find(target);
-    if (found.before_count + found.count <= kList) return from_list(cut, found.bin, counts, kept);
-    if (counts) {
-      cut = select.locate(target, found, cut);
-      if (!(top_p < 1.0f)) return from_row(cut, kept);
-      histogram(cut);
-      target = share(select.shared.total_weight);
-      found = select.find(target);
+    uint64_t from = after_min_p(min_p);
+    bool counts = top_k > 0;
+    while (counts || top_p < 1.0f) {
+      const Cut cut = select.search(from, [&]() -> Target {
+        counts = counts && uint32_t(top_k) < select.shared.total_count;
+        if (counts) return {false, uint64_t(top_k)};
+        return top_p < 1.0f ? share(select.shared.total_weight) : Target{};
+      });
+      if (cut.listable()) return from_list(cut, counts, kept);
+      from = cut.from;
+      if (!counts) break;
+      counts = false;
     }
-    return from_row(select.locate(target, found, cut), kept);
+    kept = -1;
+    return from_row(from);
   }
 
   // All that may be kept fits into the list.
-  __device__ Best from_list(uint64_t cut, int last_bin, bool counts, int& kept) {
+  __device__ Best from_list(const Cut& cut, bool counts, int& kept) {
     uint64_t whole = select.shared.total_weight;
-    kept = select.gather([&](float x, int id) {
-      return select.order.place(x, id) >= cut && select.bin(x) <= last_bin;
-    });
+    kept = select.gather(cut);
     if (counts) kept = top_k;
     if (top_p < 1.0f) {
       select.list_as_bins(kept);
@@ -289,22 +284,21 @@ struct Narrowing {
     return best;
   }
 
-  __device__ Best from_row(uint64_t cut, int& kept) {
+  __device__ Best from_row(uint64_t from) {
     if (threadIdx.x == 0) select.shared.bound = ordered(-INFINITY);
     __syncthreads();
     const Row<T>& row = select.row;
-    GumbelScan<T> scan(row, draw, &select.shared.bound, cut);
+    GumbelScan<T> scan(row, draw, &select.shared.bound, from);
     const int groups = row.groups();
-    for (int base = 0; base < groups; base += kSelectThreads) {
-      const int group = base + threadIdx.x;
-      const bool active = group < groups;
-      const int first = row.first(group);
-      Bounds bounds{-INFINITY, -INFINITY, INFINITY};
-      if (active) bounds = row.bounds(row.load(first), first);
-      if (base == 0) scan.begin(first, bounds, active);
-      scan.take(first, bounds.largest, active);
+    for (int group = threadIdx.x; group - int(threadIdx.x) < groups; group += 2 * kSelectThreads) {
+      const int other = group + kSelectThreads;
+      const Group<T> loaded = row.load(group), loaded_other = row.load(other);
+      Bounds here{-INFINITY, -INFINITY, INFINITY}, there = here;
+      if (group < groups) here = row.bounds(group, loaded);
+      if (other < groups) there = row.bounds(other, loaded_other);
+      if (group == int(threadIdx.x)) scan.begin(group, here, group < groups);
+      scan.take(group, other, fmaxf(here.largest, there.largest));
     }
-    kept = -1;
     return scan.best;
   }
 };
@@ -362,7 +356,8 @@ Parts parts_of(int rows, int vocab) {
   const int turns = (groups + kScanThreads - 1) / kScanThreads;
   const int wanted = (kScanBlocks + rows - 1) / rows;
   const int most = wanted < kMaxParts ? wanted : kMaxParts;
-  const int turns_each = (turns + most - 1) / most;
+  int turns_each = (turns + most - 1) / most;
+  if (turns_each > 1) turns_each += turns_each % 2;  // two are taken at once
   return {(turns + turns_each - 1) / turns_each, turns_each * kScanThreads};
 }
 

@@ -1,5 +1,5 @@
 // Drawing tokens from rows of logits, and what surrounds it: penalties, log-probabilities, ends.
-// Meaning: octavo_kernels/reference_sampling.py. All pointers are device addresses; all grids depend
+// Meaning: octavo_kernels/reference_sampling.py. Pointers are device addresses, and grids depend
 // on sizes alone, so that one captured graph serves whatever the rows ask for.
 #pragma once
 
@@ -28,8 +28,8 @@ constexpr uint16_t kAllowed = 1 << 13;  // matters in rows that allow nothing el
 constexpr uint16_t kCountMask = kAllowed - 1;  // how often it was drawn; stays at the mask
 
 // What changes logits before a draw. A pool of rows, of which a slot may have one. Marks are
-// [pool, marks_stride]; the lists are [pool, list_stride], sorted by token id, and an entry adds its
-// bias (-infinity forbids) while fewer than `until` tokens were drawn.
+// [pool, marks_stride]; the lists are [pool, list_stride], sorted by token id, and an entry adds
+// its bias (-infinity forbids) while fewer than `until` tokens were drawn.
 struct Adjustments {
   uint16_t* marks;
   int64_t marks_stride;
@@ -84,9 +84,10 @@ struct Marks {
 };
 void restart_marks(const Marks& marks, cudaStream_t stream);
 
-// Of each row's token and of its `wanted[r]` most probable tokens, from logits as they are. Rows
-// with wanted -1 or a token below 0 are left as they were; at most top_stride tokens are given. Outputs: logprob, rank [rows]; top_ids,
-// top_logprobs [rows, top_stride], largest first, of equals the lower id.
+// Of each row's token and of its `wanted[r]` most probable tokens, of top_stride at most, from
+// logits as they are. Rows with wanted -1 or a token below 0 are left as they were. Outputs:
+// logprob, rank [rows]; top_ids, top_logprobs [rows, top_stride], largest first, of equals the
+// lower id.
 constexpr int kMaxTop = 1024;  // of top_stride
 struct LogprobsOut {
   float* logprob;

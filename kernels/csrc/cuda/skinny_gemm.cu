@@ -275,8 +275,7 @@ __device__ void multiply(const Task& task, const Share& share, const Ring& ring,
         if (group >= count) break;
         ring.wait_filled(at);
         multiply_stage<T, kWide>(ring.stage(at), k - column, x, sums[group]);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(ring.empty(at));
+        ring.release(at);
         at.advance(ring.stages);
       }
     }

@@ -22,9 +22,14 @@ PENDING = -3
 def needs_host(params: SamplingParams) -> bool:
     """True when a step can be submitted only once the host knows all tokens before it.
 
-    Penalties and bad words look at them, and a search chooses among its branches' candidates.
+    A search chooses among its branches' candidates; a draw of the host may look at them.
     """
-    return params.use_beam_search or params.needs_history
+    return params.use_beam_search or (drawn_by_host(params) and params.needs_history)
+
+
+def drawn_by_host(params: SamplingParams) -> bool:
+    """True when a draw is beyond what a device does by itself."""
+    return params.typical_p < 1 or any(len(ids) > 1 for ids in params.bad_words_ids)
 
 
 class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):

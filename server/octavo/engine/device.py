@@ -7,106 +7,93 @@ token, all but the first and the last of that is one graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from octavo.core.step import ScheduledSequence, StepPlan, StepResult
+from octavo.core.step import ScheduledSequence, StepPlan, StepResult, drawn_by_host
+from octavo.engine.adjust import begin
 from octavo.engine.eager import Done, draw_of
 from octavo.engine.graphs import DecodeRunner
 from octavo.engine.lane import Fetch, Lane
 from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
-from octavo.engine.rows import RowTable, StateLayout, StepInputs, Stretch, messages
+from octavo.engine.rows import RowTable, StepInputs, Stretch, messages
 from octavo.engine.sampler import sample
 from octavo.engine.swap import HostBlocks
+from octavo.engine.workspace import Workspace
 from octavo.logprobs import TokenLogprobs
-from octavo.models.decoder import Batch, Decoder
-from octavo.params import SamplingParams
+from octavo.models.decoder import FEW_ROWS, Batch, Decoder
+from octavo.params import MAX_N
 from octavo_kernels import batch_state, ops, sampling
-from octavo_kernels.batch_state import BatchState, StepBuffers
-from octavo_kernels.record import RECORD_WORDS
-from octavo_kernels.reference_sampling import Sampling
+from octavo_kernels.batch_state import BatchState
 
 # Words of a message; what is longer goes in several.
 MESSAGE_WORDS = 1 << 18
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "stream", "count")
+# Of so many tokens of a sequence the device gives log-probabilities, which is enough for most
+# searches; then these words of a sequence come back: its token, its own two, and two for each.
+MOST_LOGPROBS = 2 * MAX_N
+MOST_FETCHED = 3 + 2 * MOST_LOGPROBS
 
 # Makes what runs decode steps, of the step itself and of the same to no effect.
 MakeGraphs = Callable[[Callable[[int], None], Callable[[int], None]], DecodeRunner]
 
 
-def drawn_by_host(share: ScheduledSequence) -> bool:
-    """True when a sequence's draw is beyond what the device does."""
-    p = share.params
-    return share.samples and (_host_always(p) or share.num_generated < p.min_tokens)
+@dataclass(slots=True, frozen=True)
+class _Wanted:
+    """Whose drawn tokens' log-probabilities are on their way: in which place of the batch, of which
+    sequence, with how many of the most probable tokens; `most` is the largest of these numbers.
+    """
 
+    rows: list[tuple[int, int, int]]
+    most: int
 
-def _host_always(p: SamplingParams) -> bool:
-    return bool(
-        p.logprobs is not None
-        or p.typical_p < 1
-        or p.logit_bias
-        or p.allowed_token_ids is not None
-        or p.needs_history
-    )
+    def read(self, tokens: Sequence[int], words: list[int]) -> dict[int, TokenLogprobs]:
+        """By sequence id, of those that got a token, out of the words of `_logprob_words`."""
+        count = len(self.rows)
+        reals = np.array(words, dtype=np.int32).view(np.float32)
+        ids, values = 2 * count, (2 + self.most) * count
+        found = {}
+        for i, (place, seq_id, wanted) in enumerate(self.rows):
+            if tokens[place] < 0:
+                continue
+            top_ids = words[ids + i * self.most :][:wanted]
+            top = reals[values + i * self.most :][:wanted].tolist()
+            own = float(reals[i])
+            found[seq_id] = TokenLogprobs(tokens[place], own, words[count + i], top_ids, top)
+        return found
 
 
 @dataclass(slots=True, frozen=True)
 class InFlight:
-    """A step on the device. `places` are those in the batch of the tokens that the plan wants."""
+    """A step on the device. `places` are those in the batch of the tokens that the plan wants.
 
-    tokens: Fetch
+    What is fetched is the token of each of `size` sequences, then the words of log-probabilities.
+    """
+
+    fetched: Fetch
+    size: int
     places: Sequence[int]
+    wanted: _Wanted | None = None
     by_host: Mapping[int, int] = field(default_factory=dict)
     of_tokens: Mapping[int, TokenLogprobs] = field(default_factory=dict)
     of_prompts: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
 
     def result(self) -> StepResult:
         """Wait for the tokens."""
-        found = self.tokens.wait()
+        words = self.fetched.wait()
+        found, more = words[: self.size], words[self.size :]
+        of_tokens = self.of_tokens
+        if self.wanted is not None:
+            of_tokens = {**of_tokens, **self.wanted.read(found, more)}
         for place, token in self.by_host.items():
             found[place] = token
         if isinstance(self.places, range):  # the batch is as the plan is
             tokens = found
         else:
             tokens = [found[place] for place in self.places]
-        return StepResult(tokens, self.of_tokens, self.of_prompts)
-
-
-class Workspace:
-    """All that steps on a device need but the model and the cache, as large as any may need.
-
-    `logits` [rows, vocab] are of the model's type. Made before the cache, which takes the rest.
-    """
-
-    def __init__(
-        self, model: Decoder, layout: StateLayout, block_size: int, device: torch.device
-    ) -> None:
-        spec = model.spec
-        self.layout = layout
-        self.words = torch.zeros(layout.num_words, dtype=torch.int32, device=device)
-        self.state = _views(self.words, layout)
-        self.state.batch.fill_(-1)
-        # For a step to no effect: every sequence is padding.
-        self.nobody = replace(self.state, batch=torch.full_like(self.state.batch, -1))
-        self.buffers = _buffers(layout, device)
-        self.sampling = Sampling(*(getattr(self.buffers, name) for name in _SAMPLING))
-        self.one_each = torch.arange(layout.max_rows + 1, dtype=torch.int32, device=device)
-        dtype = model.parameters["embedding"].dtype
-        self.logits = torch.zeros(layout.max_rows, spec.vocab_size, dtype=dtype, device=device)
-        self.drawn = torch.zeros(2, layout.max_rows, dtype=torch.int32, device=device)
-        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
-        self.attention = ops.attention_work(
-            max_seqs=layout.max_rows,
-            max_seq_len=layout.table_width // layout.groups * block_size,
-            heads=spec.num_heads,
-            kv_heads=spec.num_kv_heads,
-            dim=spec.head_dim,
-            device=device,
-            windows=[layer.window or 0 for layer in spec.layers],
-        )
+        return StepResult(tokens, of_tokens, self.of_prompts)
 
 
 class DeviceSteps:
@@ -136,7 +123,9 @@ class DeviceSteps:
         self._seed = seed
         self.host_blocks: HostBlocks | None = None
         self._rows = RowTable(workspace.layout, self._block_size, seed)
-        self._by_host: set[int] = set()  # rows, by sequence id
+        # Rows, by sequence id: who is drawn for by the host, who wants log-probabilities.
+        self._by_host: set[int] = set()
+        self._logprobs: dict[int, int] = {}
         self._steps = 0
         self._graphs = make_graphs(self._decode, self._rehearse)
 
@@ -149,7 +138,10 @@ class DeviceSteps:
                 pairs = self._lane.send(np.array(plan.copies, dtype=np.int32))
                 ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs.long())
             inputs = self._rows.advance(plan)
+            self._note_rows(plan)
             self._send(inputs.sent)
+            for row, share in inputs.fresh:
+                begin(self._space.adjustments, row, share, self._eos_token_ids)
             if not inputs.num_sequences:
                 return Done(StepResult([]))
             of_prompts: Mapping[int, list[TokenLogprobs]] = {}
@@ -159,11 +151,10 @@ class DeviceSteps:
                 self._graphs.run(inputs.num_sequences)
             else:
                 self._decode(inputs.num_sequences)
-            numbers = self._space.drawn[self._steps % 2, : inputs.num_sequences]
-            self._steps += 1
             by_host, of_tokens = self._draw_by_host(plan, inputs)
-            tokens = self._lane.fetch(numbers)
-            return InFlight(tokens, inputs.drawn, by_host, of_tokens, of_prompts)
+            fetched, wanted = self._fetch(plan, inputs)
+            size, places = inputs.num_sequences, inputs.drawn
+            return InFlight(fetched, size, places, wanted, by_host, of_tokens, of_prompts)
 
     def prepare_one(self) -> bool:
         """Use an idle moment for a step to come; False when nothing is left to prepare."""
@@ -183,6 +174,8 @@ class DeviceSteps:
 
     def _rehearse(self, size: int) -> None:
         """The same for nobody: nothing is stored, nothing moves on."""
+        if size > FEW_ROWS:
+            self._model.tune(size)
         self._run_decode(self._space.nobody, size)
         self._sample(size)
 
@@ -254,13 +247,60 @@ class DeviceSteps:
         self._record(size)
         return prompt_logprobs(plan.chunks, hidden[size:], self._model.logits)
 
-    # What only the host draws.
+    # What else is wanted of some.
+
+    def _note_rows(self, plan: StepPlan) -> None:
+        """Keep in mind which rows want more than a token drawn by the device."""
+        for seq_id in plan.rows.left:
+            self._by_host.discard(seq_id)
+            self._logprobs.pop(seq_id, None)
+        for share in plan.rows.joined:
+            if _needs_host(share):
+                self._by_host.add(share.seq_id)
+            elif share.params.logprobs is not None:
+                self._logprobs[share.seq_id] = share.params.logprobs
+
+    def _fetch(self, plan: StepPlan, inputs: StepInputs) -> tuple[Fetch, _Wanted | None]:
+        """Fetch the tokens, and the log-probabilities of those that want them."""
+        tokens = self._space.drawn[self._steps % 2, : inputs.num_sequences]
+        self._steps += 1
+        rows = [
+            (at, seq_id, self._logprobs[seq_id])
+            for at, seq_id in (self._rows.places(self._logprobs) if self._logprobs else ())
+        ]
+        for place, share in _drawing(plan, inputs):
+            count = share.params.logprobs
+            if count is not None and not _needs_host(share):
+                rows.append((place, share.seq_id, count))
+        if not rows:
+            return self._lane.fetch(tokens), None
+        wanted = _Wanted(rows, max(1, *(count for _, _, count in rows)))
+        return self._lane.fetch(torch.cat((tokens, self._logprob_words(wanted, tokens)))), wanted
+
+    def _logprob_words(self, wanted: _Wanted, tokens: torch.Tensor) -> torch.Tensor:
+        spec = self._model.spec
+        columns = [[place for place, _, _ in wanted.rows], [count for _, _, count in wanted.rows]]
+        places, counts = self._lane.send(np.array(columns, dtype=np.int32))
+        at = places.long()
+        found = sampling.token_logprobs(
+            self._space.logits[at],
+            tokens[at],
+            counts.contiguous(),
+            wanted.most,
+            scale=spec.logit_scale,
+            softcap=spec.logit_softcap,
+        )
+        top = found.top_ids.flatten(), found.top_logprobs.view(torch.int32).flatten()
+        return torch.cat((found.logprob.view(torch.int32), found.rank, *top))
 
     def _draw_by_host(
         self, plan: StepPlan, inputs: StepInputs
     ) -> tuple[Mapping[int, int], Mapping[int, TokenLogprobs]]:
         """Draw again for those whose parameters the device does not serve, and tell it."""
-        shares = self._shares_by_host(plan, inputs)
+        shares = {place: share for place, share in _drawing(plan, inputs) if _needs_host(share)}
+        if self._by_host:
+            rows = plan.sequences
+            shares |= {at: rows[at] for at, _ in self._rows.places(self._by_host)}
         if not shares:
             return {}, {}
         places = list(shares)
@@ -272,56 +312,13 @@ class DeviceSteps:
         of_tokens = drawn_logprobs(logits, tokens, draws, seq_ids)
         return dict(zip(places, tokens, strict=True)), of_tokens
 
-    def _shares_by_host(self, plan: StepPlan, inputs: StepInputs) -> dict[int, ScheduledSequence]:
-        """Those that only the host draws for, by their place in the batch."""
-        self._by_host.difference_update(plan.rows.left)
-        self._by_host.update(s.seq_id for s in plan.rows.joined if drawn_by_host(s))
-        found = {}
-        if self._by_host:
-            for place, share in enumerate(plan.sequences[: plan.rows.count]):
-                if share.seq_id not in self._by_host:
-                    continue
-                if drawn_by_host(share):
-                    found[place] = share
-                else:  # it has drawn its `min_tokens`
-                    self._by_host.discard(share.seq_id)
-        drawing = [share for share in plan.chunks if share.samples]
-        for place, share in zip(inputs.drawn[plan.rows.count :], drawing, strict=True):
-            if drawn_by_host(share):
-                found[place] = share
-        return found
+
+def _needs_host(share: ScheduledSequence) -> bool:
+    """True when the device does not do all that is wanted of a draw."""
+    return drawn_by_host(share.params) or (share.params.logprobs or 0) > MOST_LOGPROBS
 
 
-def _views(words: torch.Tensor, layout: StateLayout) -> BatchState:
-    rows = layout.max_rows
-    return BatchState(
-        records=words[: layout.tables].view(rows, RECORD_WORDS),
-        tables=words[layout.tables : layout.batch].view(rows, layout.table_width),
-        batch=words[layout.batch : layout.token_at],
-        token_at=words[layout.token_at : layout.query_start],
-        query_start=words[layout.query_start : layout.chunk],
-        chunk=words[layout.chunk :],
-    )
-
-
-def _buffers(layout: StateLayout, device: torch.device) -> StepBuffers:
-    rows, tokens = layout.max_rows, layout.max_tokens
-
-    def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=dtype, device=device)
-
-    return StepBuffers(
-        token_ids=zeros(tokens, dtype=torch.int64),
-        positions=zeros(tokens, dtype=torch.int64),
-        slots=zeros(layout.groups, tokens, dtype=torch.int64),
-        seq_lens=zeros(rows, dtype=torch.int32),
-        block_tables=zeros(
-            layout.groups, rows, layout.table_width // layout.groups, dtype=torch.int32
-        ),
-        temperature=zeros(rows, dtype=torch.float32),
-        top_k=zeros(rows, dtype=torch.int32),
-        top_p=zeros(rows, dtype=torch.float32),
-        min_p=zeros(rows, dtype=torch.float32),
-        stream=zeros(rows, dtype=torch.int64),
-        count=zeros(rows, dtype=torch.int64),
-    )
+def _drawing(plan: StepPlan, inputs: StepInputs) -> Iterator[tuple[int, ScheduledSequence]]:
+    """The chunks that draw, with their places in the batch."""
+    drawing = (share for share in plan.chunks if share.samples)
+    return zip(inputs.drawn[plan.rows.count :], drawing, strict=True)

@@ -91,4 +91,7 @@ def draw_of(sequence: ScheduledSequence, seed: int) -> Draw:
     key = 0
     if params.temperature >= GREEDY_BELOW:
         key = draw_key(params, seed, sequence.seq_id, count, sequence.branch)
-    return Draw(params, key, count, sequence.tokens, sequence.num_prompt_tokens)
+    history, prompt = sequence.tokens, sequence.num_prompt_tokens
+    if params.needs_history and len(history) < prompt + count:
+        history = [*history, sequence.token_ids[-1]]  # drawn by the step before, and read just now
+    return Draw(params, key, count, history, prompt)

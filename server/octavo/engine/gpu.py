@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 
 from octavo.core.sequence import blocks_for
-from octavo.engine.device import MESSAGE_WORDS, DeviceSteps, Workspace
+from octavo.engine.device import MESSAGE_WORDS, MOST_FETCHED, DeviceSteps
 from octavo.engine.graphs import CudaGraphs, DecodeRunner, Direct, graph_sizes
 from octavo.engine.lane import CudaLane
 from octavo.engine.rows import StateLayout
+from octavo.engine.workspace import Workspace
 from octavo.models.decoder import Batch, Decoder
-from octavo.models.spec import DecoderSpec
 from octavo_kernels import ops
 
 # What the graphs of all sizes take: the driver's own memory, and one pool for what a step needs in
 # between.
 GRAPH_BYTES = 512 << 20
-_HEAD_DIMS = (64, 80, 96, 128, 256)
+# Their references look at what is on the device, which the capture of a graph does not allow.
+_NOT_TO_CAPTURE = {"build_inputs", "mixture", "paged_attention", "record_tokens", "sample"}
 
 logger = logging.getLogger(__name__)
-
-
-def why_not_captured(spec: DecoderSpec, dtype: torch.dtype, block_size: int) -> str | None:
-    """What keeps decode steps from being graphs; None when nothing does."""
-    if ops.implementation("cuda", dtype) != "cuda":
-        return f"operations on {dtype} tensors run on torch"
-    if spec.moe is not None:
-        return "experts run one after the other, which the host decides"
-    if spec.head_dim not in _HEAD_DIMS:
-        return f"attention has no kernel for heads of {spec.head_dim} elements"
-    if block_size < 8 or block_size & (block_size - 1):
-        return f"attention has no kernel for blocks of {block_size} tokens"
-    return None
 
 
 class Gpu:
@@ -63,13 +52,9 @@ class Gpu:
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._dtype = model.parameters["embedding"].dtype
-        reason = "--enforce-eager" if eager else None
-        reason = reason or why_not_captured(model.spec, self._dtype, block_size)
-        if reason is not None:
-            logger.warning("decode steps are not captured as CUDA graphs: %s", reason)
-        self._captures = reason is None
+        self._eager = eager
         torch.cuda.synchronize(device)  # the weights were not loaded on this lane
-        self._lane = CudaLane(device, MESSAGE_WORDS, max_num_seqs)
+        self._lane = CudaLane(device, MESSAGE_WORDS, max_num_seqs * MOST_FETCHED)
         with self._lane.scope(), torch.inference_mode():
             self._space = Workspace(model, layout, block_size, device)
             self._rehearse_chunks()
@@ -78,7 +63,7 @@ class Gpu:
     @property
     def reserved_bytes(self) -> int:
         """What is not taken yet and must not go to the cache."""
-        return GRAPH_BYTES if self._captures else 0
+        return 0 if self._eager else GRAPH_BYTES
 
     def steps(self, kv_cache: torch.Tensor, eos_token_ids: Sequence[int], seed: int) -> DeviceSteps:
         """Steps over that cache."""
@@ -95,7 +80,17 @@ class Gpu:
 
     def _graphs(self, step: Callable[[int], None], rehearse: Callable[[int], None]) -> DecodeRunner:
         rows = self._space.layout.max_rows
-        if not self._captures:
+        if self._eager:
+            return Direct(step, rows)
+        before = Counter(ops.calls)
+        with self._lane.scope(), torch.inference_mode():
+            rehearse(1)
+        on_torch = {op for op, ran in ops.calls - before if ran == "reference"} & _NOT_TO_CAPTURE
+        if on_torch:
+            logger.warning(
+                "decode steps are not captured as CUDA graphs, because torch runs %s",
+                ", ".join(sorted(on_torch)),
+            )
             return Direct(step, rows)
         return CudaGraphs(step, rehearse, graph_sizes(rows))
 

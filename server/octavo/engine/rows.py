@@ -9,14 +9,15 @@ is decided what those are; no tensors, no device.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from octavo.core.sequence import blocks_for
-from octavo.core.step import PENDING, ScheduledSequence, StepPlan
+from octavo.core.step import PENDING, ScheduledSequence, StepPlan, drawn_by_host
+from octavo.engine.adjust import adjusts
 from octavo.engine.sampler import draw_stream
 from octavo_kernels.record import FLAG_SAMPLES, FLAG_WRITES, RECORD, RECORD_WORDS
 
@@ -78,6 +79,7 @@ class StepInputs:
     `num_decodes` sequences have one token each. `drawn` are the places in the batch of what the
     plan wants tokens of, and `prompt_rows` those of the tokens whose logits are wanted for the
     log-probabilities of prompts, in the plan's order. `sent` has to be on the device before.
+    `fresh` are the rows of new sequences whose logits are adjusted.
     """
 
     num_sequences: int
@@ -87,6 +89,7 @@ class StepInputs:
     drawn: Sequence[int] = ()
     sent: list[Stretch] = field(default_factory=list)
     prompt_rows: list[int] = field(default_factory=list)
+    fresh: list[tuple[int, ScheduledSequence]] = field(default_factory=list)
 
     @property
     def has_chunks(self) -> bool:
@@ -116,6 +119,7 @@ class RowTable:
         self._decoding: dict[int, int] = {}  # sequence id to row index, in the batch's order
         self._chunks: dict[int, bool] = {}  # of the last plan: sequence id to whether it drew
         self._batch: list[int] = []  # as it is on the device
+        self._fresh: list[tuple[int, ScheduledSequence]] = []
 
     def advance(self, plan: StepPlan) -> StepInputs:
         """What the plan needs; the picture afterwards is that of the device after the step.
@@ -124,6 +128,7 @@ class RowTable:
         where a sequence is beyond its block table.
         """
         sent: list[Stretch] = []
+        self._fresh = []
         drew = self._forget(plan)
         for share in plan.rows.joined:
             self._decoding[share.seq_id] = self._place(share, sent, drew)
@@ -141,16 +146,19 @@ class RowTable:
             if plan.rows.left or plan.rows.joined or len(self._batch) != plan.rows.count:
                 self._arrange(list(self._decoding.values()), sent)
             count = plan.rows.count
-            return StepInputs(count, count, count, 1, range(count), sent)
-        return self._with_chunks(plan, sent, drew)
+            inputs = StepInputs(count, count, count, 1, range(count), sent)
+        else:
+            inputs = self._with_chunks(plan, sent, drew)
+        inputs.fresh = self._fresh
+        return inputs
 
-    def row_of(self, seq_id: int) -> int:
-        """The row of a sequence of the last plan."""
-        return self._rows[seq_id].index
+    def places(self, seq_ids: Container[int]) -> list[tuple[int, int]]:
+        """(place in the batch, sequence id) of those of them that were rows in the last plan."""
+        return [(at, seq_id) for at, seq_id in enumerate(self._decoding) if seq_id in seq_ids]
 
     def token_word(self, seq_id: int) -> int:
         """Where the newest token of a sequence of the last plan lies."""
-        return self.row_of(seq_id) * RECORD_WORDS + RECORD["token"]
+        return self._rows[seq_id].index * RECORD_WORDS + RECORD["token"]
 
     def _forget(self, plan: StepPlan) -> dict[int, bool]:
         """Free the rows of those that are in the plan no more; who drew in the plan before."""
@@ -184,11 +192,13 @@ class RowTable:
             if not self._free:
                 raise RuntimeError(f"more than {self._layout.max_rows} sequences in one step")
             row = self._rows[share.seq_id] = _Row(self._free.pop(), [])
+            if adjusts(share.params) and not drawn_by_host(share.params):
+                self._fresh.append((row.index, share))
         if pending and not drew.get(share.seq_id, False):
             raise RuntimeError(
                 f"sequence {share.seq_id} waits for a token that the plan before does not draw"
             )
-        record = self._record(share)
+        record = self._record(share, row.index)
         at = row.index * RECORD_WORDS
         # The token on its way is the first word: it is there already, or soon.
         sent.append((at + 1, record[1:]) if pending else (at, record))
@@ -198,13 +208,14 @@ class RowTable:
         row.table = list(share.block_table)
         return row.index
 
-    def _record(self, share: ScheduledSequence) -> tuple[int, ...]:
+    def _record(self, share: ScheduledSequence, index: int) -> tuple[int, ...]:
         p = share.params
         stream = draw_stream(p, self._seed, share.seq_id, share.branch)
         flags = FLAG_SAMPLES * share.samples | FLAG_WRITES * share.writes
         head = (share.token_ids[-1], share.start, share.num_generated, flags)
-        top_k = min(p.top_k, 2**31 - 1)
-        packed = struct.pack("<4iQfiff", *head, stream, p.temperature, top_k, p.top_p, p.min_p)
+        draw = (stream, p.temperature, min(p.top_k, 2**31 - 1), p.top_p, p.min_p)
+        adjusted = index if adjusts(p) and not drawn_by_host(p) else -1
+        packed = struct.pack("<4iQfiffi", *head, *draw, adjusted)
         words = struct.unpack(f"<{len(packed) // 4}i", packed)
         return (*words, *(0,) * (RECORD_WORDS - len(words)))
 

@@ -66,6 +66,7 @@ class Runner:
     GPU or float32 on a CPU. `progress(phase, ratio)` is called while starting. `num_threads`
     bounds the CPU threads of torch and of our kernels for the whole process. `max_num_seqs` and
     `max_num_batched_tokens` bound a step on a GPU, `enforce_eager` runs it without CUDA graphs.
+    With `deterministic`, tokens on a GPU too are independent of the rest of the batch.
     """
 
     def __init__(  # noqa: PLR0913 (each is a setting of its own)
@@ -84,6 +85,7 @@ class Runner:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
         enforce_eager: bool = False,
+        deterministic: bool = False,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -119,6 +121,7 @@ class Runner:
         self._device_name = torch.cuda.get_device_name(self.device) if on_gpu else "cpu"
         if on_gpu and isinstance(self._decoder, Decoder):
             progress("device", 0.0)
+            ops.deterministic(deterministic)
             self._gpu = Gpu(
                 self._decoder,
                 device=self.device,
@@ -269,14 +272,18 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _device(name: str) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_gpu else "cpu")
-    if name not in ("cpu", "cuda"):
+    if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device must be auto, cpu or cuda, not {name!r}")
-    if name == "cuda" and not has_gpu:
+    has_gpu = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not has_gpu):
+        return torch.device("cpu")
+    try:
+        ops.device_report()
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name}, but {error}") from error
+    if not has_gpu:
         raise ConfigError("--device is cuda, but no CUDA device is visible; use --device cpu")
-    return torch.device(name)
+    return torch.device("cuda")
 
 
 def _dtype_name(name: str, device: torch.device, spec: DecoderSpec) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from octavo import wire
@@ -18,6 +22,7 @@ from octavo.core.step import StepPlan, StepResult
 from octavo.core.swap import SwapSpace
 from octavo.engine.locate import locate
 from octavo.engine.loop import EngineLoop, RunnerError
+from octavo.engine.memory import available_host_bytes
 from octavo.errors import ConfigError, DoesNotFitError
 from octavo.params import SamplingParams
 
@@ -120,6 +125,8 @@ def start(
 ) -> tuple[EngineLoop, wire.Ready]:
     """Load the model, make its cache, draw a token; return the loop and what the API must know."""
     config = locate(config, report, report.located)
+    if config.load_format != "dummy":
+        read_ahead(Path(config.model), available_host_bytes() // 2)
     report("import", 0)
     make_runner = _load_attribute(runner_spec)
     report("check", 0)
@@ -137,6 +144,7 @@ def start(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enforce_eager=config.enforce_eager,
+        deterministic=config.deterministic,
     )
     report("cache", 0)
     limits = _limits(config, runner)
@@ -160,6 +168,26 @@ def start(
     logger.info("started: %s", report.timeline())
     depth = config.pipeline_depth or PIPELINE_DEPTH.get(str(runner.device).split(":")[0], 1)
     return EngineLoop(scheduler, runner, target_itl_s=target_itl_s, depth=depth), ready
+
+
+def read_ahead(folder: Path, most_bytes: int) -> threading.Thread:
+    """Ask the kernel for the weights while torch is being imported, which takes seconds.
+
+    At most `most_bytes`: what does not fit into memory would only be read twice.
+    """
+
+    def ask() -> None:
+        left = most_bytes
+        for path in sorted(folder.glob("*.safetensors")):
+            left -= path.stat().st_size
+            if left < 0:
+                return
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=ask, name="read-ahead", daemon=True)
+    thread.start()
+    return thread
 
 
 def _load_attribute(spec: str) -> Callable[..., ModelRunner]:
