@@ -229,14 +229,7 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="RATIO",
         help="share of the device's memory to use (default %(default)s)",
     )
-    add(
-        "--swap-space",
-        type=float,
-        default=0.0,
-        metavar="GIB",
-        help="host memory for the KV blocks of preempted sequences, used where copying them costs "
-        "less than computing them again (default %(default)s)",
-    )
+    add("--swap-space", type=float, default=0.0, metavar="GIB", help="host memory for preempted KV")
     add(
         "--max-num-seqs",
         type=int,

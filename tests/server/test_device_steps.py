@@ -125,6 +125,26 @@ def test_windows_and_swaps_are_those_of_the_plain_runner(windowed, host_blocks) 
     assert preemptions > 0
 
 
+@pytest.mark.parametrize("where", ["send", "fetch"])
+def test_who_is_interrupted_can_go_on_with_other_requests(checkpoint, monkeypatch, where) -> None:
+    runner, _ = device_runner(checkpoint, 40)
+    calls = []
+    real = getattr(HostLane, where)
+
+    def interrupted(lane, what):
+        calls.append(what)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return real(lane, what)
+
+    monkeypatch.setattr(HostLane, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(runner, requests(1, 14), 40, 2)
+    asked = requests(2, 14)
+    got, _ = run(runner, asked, 40, 2)
+    same(run(plain_runner(checkpoint, 40), asked, 40, 1)[0], got)
+
+
 def test_prompts_of_one_token_have_log_probabilities(checkpoint) -> None:
     """A chunk of one token whose prompt goes on is not a decode for that."""
     want = SamplingParams(prompt_logprobs=1, temperature=0)

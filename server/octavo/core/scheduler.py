@@ -88,8 +88,8 @@ class Scheduler:
         self._outcome = Outcome(self._roster, self.prefix_cache, self.kv)
         self._flights: deque[Flight] = deque()
         self._latest = StepPlan()
-        # Copies of a plan that had no sequences, and so was not run.
-        self._to_swap_out: Pairs = []
+        # By host block: copies of a plan that had no sequences, and so was not run.
+        self._to_swap_out: dict[int, int] = {}
         self._next_id = 0
 
     # Requests in and out.
@@ -178,10 +178,11 @@ class Scheduler:
         calendar = self._roster.calendar
         self.counters.copies += len(draft.copies)
         shares = tuple(draft.shares)
-        self._to_swap_out += draft.swap_out
+        self._to_swap_out |= {host: block for block, host in draft.swap_out}
         if not shares and not calendar:
             return StepPlan(preempted=tuple(draft.preempted))
-        swap_out, self._to_swap_out = tuple(self._to_swap_out), []
+        swap_out = tuple((block, host) for host, block in self._to_swap_out.items())
+        self._to_swap_out = {}
         sequences = calendar.rows
         needs_host = calendar.needs_host
         rows = calendar.tick(draft.grown)

@@ -7,6 +7,7 @@ token, all but the first and the last of that is one graph.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -130,31 +131,49 @@ class DeviceSteps:
         self._graphs = make_graphs(self._decode, self._rehearse)
 
     def submit(self, plan: StepPlan) -> InFlight | Done:
-        """Queue the step. Waits for it where the host has to draw for a sequence."""
+        """Queue the step. Waits for it where the host has to draw for a sequence.
+
+        After an exception the next plan must not build on those before.
+        """
         with self._lane.scope(), torch.inference_mode():
-            if self.host_blocks is not None:
-                self.host_blocks.run(plan)
-            if plan.copies:
-                pairs = self._lane.send(np.array(plan.copies, dtype=np.int32))
-                ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs.long())
-            inputs = self._rows.advance(plan)
-            self._note_rows(plan)
-            self._send(inputs.sent)
-            for row, share in inputs.fresh:
-                begin(self._space.adjustments, row, share, self._eos_token_ids)
-            if not inputs.num_sequences:
-                return Done(StepResult([]))
-            of_prompts: Mapping[int, list[TokenLogprobs]] = {}
-            if inputs.has_chunks:
-                of_prompts = self._run_chunks(plan, inputs)
-            elif inputs.num_sequences <= self._graphs.largest:
-                self._graphs.run(inputs.num_sequences)
-            else:
-                self._decode(inputs.num_sequences)
-            by_host, of_tokens = self._draw_by_host(plan, inputs)
-            fetched, wanted = self._fetch(plan, inputs)
-            size, places = inputs.num_sequences, inputs.drawn
-            return InFlight(fetched, size, places, wanted, by_host, of_tokens, of_prompts)
+            try:
+                return self._submit(plan)
+            except BaseException:
+                self._forget()
+                raise
+
+    def _submit(self, plan: StepPlan) -> InFlight | Done:
+        if self.host_blocks is not None:
+            self.host_blocks.run(plan)
+        if plan.copies:
+            pairs = self._lane.send(np.array(plan.copies, dtype=np.int32))
+            ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs.long())
+        inputs = self._rows.advance(plan)
+        self._note_rows(plan)
+        self._send(inputs.sent)
+        for row, share in inputs.fresh:
+            begin(self._space.adjustments, row, share, self._eos_token_ids)
+        if not inputs.num_sequences:
+            return Done(StepResult([]))
+        of_prompts: Mapping[int, list[TokenLogprobs]] = {}
+        if inputs.has_chunks:
+            of_prompts = self._run_chunks(plan, inputs)
+        elif inputs.num_sequences <= self._graphs.largest:
+            self._graphs.run(inputs.num_sequences)
+        else:
+            self._decode(inputs.num_sequences)
+        by_host, of_tokens = self._draw_by_host(plan, inputs)
+        fetched, wanted = self._fetch(plan, inputs)
+        size, places = inputs.num_sequences, inputs.drawn
+        return InFlight(fetched, size, places, wanted, by_host, of_tokens, of_prompts)
+
+    def _forget(self) -> None:
+        """Whoever was interrupted may go on with other requests: begin with what the device has."""
+        self._rows.reset()
+        self._by_host.clear()
+        self._logprobs.clear()
+        with contextlib.suppress(RuntimeError):  # the device itself is lost
+            self._steps = int(self._space.counter)
 
     def prepare_one(self) -> bool:
         """Use an idle moment for a step to come; False when nothing is left to prepare."""
@@ -251,6 +270,9 @@ class DeviceSteps:
 
     def _note_rows(self, plan: StepPlan) -> None:
         """Keep in mind which rows want more than a token drawn by the device."""
+        if len(plan.rows.joined) == plan.rows.count:  # the others may be another scheduler's
+            self._by_host.clear()
+            self._logprobs.clear()
         for seq_id in plan.rows.left:
             self._by_host.discard(seq_id)
             self._logprobs.pop(seq_id, None)

@@ -114,11 +114,17 @@ class RowTable:
         self._layout = layout
         self._block_size = block_size
         self._seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Know nothing of what is on the device; the next plan must not build on any before."""
+        layout = self._layout
         self._rows: dict[int, _Row] = {}
         self._free = list(range(layout.max_rows - 1, -1, -1))
         self._decoding: dict[int, int] = {}  # sequence id to row index, in the batch's order
         self._chunks: dict[int, bool] = {}  # of the last plan: sequence id to whether it drew
-        self._batch: list[int] = []  # as it is on the device
+        # As it may be on the device: no entry of a larger batch is to be left behind the next one.
+        self._batch = [-1] * layout.max_rows
         self._fresh: list[tuple[int, ScheduledSequence]] = []
 
     def advance(self, plan: StepPlan) -> StepInputs:
