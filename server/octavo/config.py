@@ -45,6 +45,7 @@ class EngineConfig:
     block_size: int = 16
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.90
+    swap_space: float = 0.0
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
@@ -228,6 +229,7 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="RATIO",
         help="share of the device's memory to use (default %(default)s)",
     )
+    add("--swap-space", type=float, default=0.0, metavar="GIB", help="host memory for preempted KV")
     add(
         "--max-num-seqs",
         type=int,
@@ -422,6 +424,7 @@ def _validate_engine(config: EngineConfig) -> None:
     _within("block-size", config.block_size, 1, 256)
     _within("num-kv-blocks", config.num_kv_blocks, 1, 2**31 - 2)
     _within("gpu-memory-utilization", config.gpu_memory_utilization, 0.01, 1)
+    _within("swap-space", config.swap_space, 0, 65536)
     _within("max-model-len", config.max_model_len, 2, 2**24)
     _within("max-num-seqs", config.max_num_seqs, 1, 65536)
     _within("max-num-batched-tokens", config.max_num_batched_tokens, 1, 2**20)

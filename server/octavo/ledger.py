@@ -1,6 +1,6 @@
 """The memory ledger of a model on a device: what takes how much, whether it fits, what would.
 
-Standard library only. Weights and KV blocks are exact; activations and workspace are estimates
+Without torch. Weights and KV blocks are exact; activations and workspace are estimates
 from above.
 """
 
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from octavo.kv_layout import KvGroups, kv_layout
 from octavo.model_shape import ModelShape
-from octavo.plan import DTYPE_BYTES, GIB, MIB, KvShape, blocks_for_tokens, kv_bytes_per_block
+from octavo.plan import DTYPE_BYTES, GIB, MIB, KvShape, kv_bytes_per_block
 
 # What the driver reports as a device's total, in MiB.
 GPU_MIB = {
@@ -43,7 +44,10 @@ class Request:
 
 @dataclass(slots=True, frozen=True)
 class Ledger:
-    """Bytes by purpose. `num_blocks` is 0 when nothing is left for the KV cache."""
+    """Bytes by purpose. `num_blocks` is 0 when nothing is left for the KV cache.
+
+    A block holds `layers_per_block` of the layers; `padding_bytes` of all KV bytes belong to none.
+    """
 
     total_bytes: int
     usable_bytes: int
@@ -57,6 +61,9 @@ class Ledger:
     block_size: int
     max_model_len: int
     full_length_sequences: int
+    kv_groups: int
+    layers_per_block: int
+    padding_bytes: int
 
     @property
     def fits(self) -> bool:
@@ -70,13 +77,15 @@ class Ledger:
 
 def make_ledger(shape: ModelShape, weights_bytes: int, request: Request) -> Ledger:
     """Add up what the model takes and divide the rest into blocks."""
-    kv = KvShape(shape.num_layers, shape.num_kv_heads, shape.head_dim, request.dtype)
+    layout = kv_layout(shape.windows, request.max_model_len)
+    kv = KvShape(layout.layers_per_group, shape.num_kv_heads, shape.head_dim, request.dtype)
+    groups = KvGroups(request.block_size, layout.windows)
     per_block = kv_bytes_per_block(kv, request.block_size)
     usable = int(request.total_bytes * request.gpu_memory_utilization)
     activations = activation_bytes(shape, request)
     left = usable - weights_bytes - activations - WORKSPACE_BYTES - GRAPH_BYTES
     blocks = max(0, left // per_block - 1)  # one is the null block
-    longest = blocks_for_tokens(request.max_model_len, request.block_size)
+    planes = layout.layers_per_group * groups.count
     return Ledger(
         total_bytes=request.total_bytes,
         usable_bytes=usable,
@@ -89,8 +98,25 @@ def make_ledger(shape: ModelShape, weights_bytes: int, request: Request) -> Ledg
         num_blocks=blocks,
         block_size=request.block_size,
         max_model_len=request.max_model_len,
-        full_length_sequences=blocks // longest,
+        full_length_sequences=_full_length(blocks, groups, request),
+        kv_groups=groups.count,
+        layers_per_block=layout.layers_per_group,
+        padding_bytes=blocks * per_block * layout.padded_layers // planes,
     )
+
+
+def _full_length(blocks: int, groups: KvGroups, request: Request) -> int:
+    """Sequences of the longest length at once, one of which is still in its prompt."""
+    one = groups.blocks([request.max_model_len], chunk=request.max_num_batched_tokens)
+    settled = groups.settled(request.max_model_len)
+    return 0 if blocks < one else 1 + (blocks - one) // settled
+
+
+def longest_length(shape: ModelShape, blocks: int, request: Request) -> int:
+    """The longest sequence that so many blocks hold."""
+    windows = kv_layout(shape.windows, request.max_model_len).windows
+    groups, chunk = KvGroups(request.block_size, windows), request.max_num_batched_tokens
+    return groups.longest(blocks, request.max_model_len, chunk=chunk)
 
 
 def activation_bytes(shape: ModelShape, request: Request) -> int:
@@ -113,8 +139,9 @@ def remedies(
         return make_ledger(shape, weights_by_dtype[changed.dtype], changed).fits
 
     blocks = make_ledger(shape, weights_by_dtype[request.dtype], request).num_blocks
-    if blocks:
-        yield f"--max-model-len {blocks * request.block_size}"
+    most = longest_length(shape, blocks, request)
+    if blocks and most and fits(replace(request, max_model_len=most)):
+        yield f"--max-model-len {most}"
     for percent in range(int(request.gpu_memory_utilization * 100) + 1, 99):
         if fits(replace(request, gpu_memory_utilization=percent / 100)):
             yield f"--gpu-memory-utilization {percent / 100:g}"
@@ -149,6 +176,9 @@ def as_text(title: str, ledger: Ledger, ways: list[str]) -> str:
             f"{ledger.bytes_per_block / 1024:.0f} KiB each",
         ),
     ]
+    if ledger.kv_groups > 1:
+        what = f"{ledger.kv_groups} groups of {ledger.layers_per_block} layers"
+        rows.append(("KV groups", ledger.padding_bytes, f"of these without a layer: {what}"))
     lines = [title, *(f"  {name:<12}{_size(size)}  {note}" for name, size, note in rows)]
     lines = [line.rstrip() for line in lines]
     if ledger.fits:

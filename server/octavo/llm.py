@@ -62,7 +62,7 @@ class LLM:
         self._loop, self._ready = start(config, report)
         self._limits = Limits(self._ready.max_model_len, self._ready.vocab_size, most)
         self._ids = itertools.count()
-        self._meter = KvMeter(self._ready.block_size)
+        self._meter = KvMeter(self._loop.scheduler.kv, self._ready.kv_bytes_per_block)
         self._templates: dict[str, ChatTemplate | None] = {}
 
     @property

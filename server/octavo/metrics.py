@@ -165,6 +165,11 @@ class _EngineCollector(Collector):
             "Share of KV blocks in use, 0..1.",
             load.kv_utilization if load else 0,
         )
+        yield self._gauge(
+            "vllm:cpu_cache_usage_perc",
+            "Share of the swap space in use, 0..1.",
+            load.host_blocks_used / load.host_blocks if load and load.host_blocks else 0,
+        )
         yield self._counter(
             "vllm:num_preemptions", "Sequences preempted.", load.preemptions if load else 0
         )
@@ -205,6 +210,12 @@ class _EngineCollector(Collector):
                     "free": blocks.free,
                 },
             )
+            if view.ready is not None:
+                yield self._gauge(
+                    "octavo_kv_block_bytes",
+                    "Bytes of a KV block: a block's tokens in one group of layers.",
+                    view.ready.kv_bytes_per_block,
+                )
             yield self._by(
                 "octavo_kv_demand_blocks",
                 "KV blocks that running and waiting work needs, by how soon.",
@@ -218,6 +229,12 @@ class _EngineCollector(Collector):
                 "octavo_step_budget_utilization",
                 "Share of a step's token budget in use, 0..1.",
                 load.step_budget_used,
+            )
+            yield self._counter(
+                "octavo_swapped_out_blocks", "KV blocks copied to host memory.", load.swapped_out
+            )
+            yield self._counter(
+                "octavo_swapped_in_blocks", "KV blocks copied back.", load.swapped_in
             )
             yield self._counter("octavo_preemptions", "Sequences preempted.", load.preemptions)
             yield self._gauge(

@@ -1,7 +1,6 @@
 """A model's sizes from its config.json, under the names of any family; for the memory plan.
 
-Standard library only, and less strict than the engine: what the engine would refuse may still be
-measured.
+Without torch, and less strict than the engine: what the engine would refuse may still be measured.
 """
 
 from __future__ import annotations
@@ -10,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import ModelError
+from octavo.errors import ModelError, OctavoError
 from octavo.json_object import read_json_object
+from octavo.models.hf_config import read_config
+from octavo.models.registry import native_family
 
 _MOST = 1 << 32
 # Families that know no grouped queries, whatever keys their configs carry.
@@ -21,7 +22,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(slots=True, frozen=True)
 class ModelShape:
-    """What decides how much memory a model takes, beside its weights."""
+    """What decides how much memory a model takes, beside its weights. `windows` are by layer."""
 
     architecture: str
     num_layers: int
@@ -34,6 +35,7 @@ class ModelShape:
     max_positions: int
     dtype: str
     tied_embeddings: bool
+    windows: tuple[int | None, ...]
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -50,10 +52,11 @@ def read_shape(folder: Path) -> ModelShape:
         config = _Config(path, {**config.values, **text})
     hidden = config.size("hidden_size", "n_embd", "d_model")
     heads = config.size("num_attention_heads", "n_head")
+    num_layers = config.size("num_hidden_layers", "n_layer")
     ungrouped = config.values.get("model_type") in _UNGROUPED
     return ModelShape(
         architecture=str(architecture)[:100],
-        num_layers=config.size("num_hidden_layers", "n_layer"),
+        num_layers=num_layers,
         hidden_size=hidden,
         intermediate_size=config.size(
             "intermediate_size", "ffn_dim", "n_inner", default=4 * hidden
@@ -65,7 +68,20 @@ def read_shape(folder: Path) -> ModelShape:
         max_positions=config.size("max_position_embeddings", "n_positions", default=2048),
         dtype=config.dtype(),
         tied_embeddings=config.values.get("tie_word_embeddings") is True,
+        windows=_windows(folder, num_layers),
     )
+
+
+def _windows(folder: Path, num_layers: int) -> tuple[int | None, ...]:
+    """Of each layer, as its family reads them; none where no family does."""
+    try:
+        config = read_config(folder)
+        family = native_family(config)
+        if family is not None:
+            return tuple(layer.window for layer in family.translate(config).layers)
+    except OctavoError:
+        pass
+    return (None,) * num_layers
 
 
 @dataclass(slots=True, frozen=True)

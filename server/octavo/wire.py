@@ -123,7 +123,8 @@ class Load(msgspec.Struct, tag="load", frozen=True):
 
     The counters are totals since the engine started. `demand_blocks` maps a horizon ("now", "10s",
     "30s", "60s") to the blocks that running and waiting work will then need. The prefix cache's
-    queries and hits are tokens, counted when a sequence first runs.
+    queries and hits are tokens, counted when a sequence first runs. `swapped_out` and `swapped_in`
+    count blocks copied to host memory and back; `host_blocks_used` are there now, of `host_blocks`.
     """
 
     blocks: Blocks
@@ -143,6 +144,10 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     prefix_cache_queries: int
     prefix_cache_hits: int
     last_activity: float
+    swapped_out: int = 0
+    swapped_in: int = 0
+    host_blocks_used: int = 0
+    host_blocks: int = 0
 
 
 ToEngine = AddRequest | AbortRequest | Stop

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from octavo.core.block_pool import (
     AUDIT_TURN,
+    NO_BLOCK,
     NULL_BLOCK,
     BlockPool,
     IntegrityError,
@@ -30,7 +31,6 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables = []
         self.handed_out = 0
         self.contents = []
-        self.links = {}
 
     @rule(count=st.integers(0, 6))
     def allocate(self, count):
@@ -74,18 +74,14 @@ class PoolMachine(RuleBasedStateMachine):
         blank = sorted(set(self.held()) - known)
         if not blank:
             return
-        block, key = data.draw(st.sampled_from(blank)), ("", bytes([content]))
-        link = self.pool.publish(block, key)
-        if any(entry[1] == key for entry in self.contents):
-            assert link == self.links[key]
-        else:
-            assert link not in self.links.values(), "a link was used again"
-            self.links[key] = link
+        block, key = data.draw(st.sampled_from(blank)), (b"", bytes([content]), 0)
+        self.pool.publish(block, key)
+        if not any(entry[1] == key for entry in self.contents):
             self.contents.append((block, key, False))
 
     @rule(content=st.integers(0, 9))
     def find_and_take(self, content):
-        key = ("", bytes([content]))
+        key = (b"", bytes([content]), 0)
         found = self.pool.find(key)
         expected = [block for block, other, _ in self.contents if other == key]
         assert ([] if found is None else [found]) == expected
@@ -135,7 +131,7 @@ def test_a_released_block_is_the_next_to_be_used(pool):
     assert pool.allocate(3) == table
 
 
-@pytest.mark.parametrize("block", [NULL_BLOCK, -1, 5, 4])
+@pytest.mark.parametrize("block", [NULL_BLOCK, -2, 5, 4])
 def test_only_active_blocks_can_be_shared_or_released(pool, block):
     pool.allocate(3)
     with pytest.raises(IntegrityError, match=f"block {block} is not active"):
@@ -157,12 +153,24 @@ def test_only_published_blocks_can_be_taken(pool):
 
 def test_a_block_is_published_once_and_only_while_it_is_active(pool):
     (block,) = pool.allocate(1)
-    pool.publish(block, ("", b"a"))
-    with pytest.raises(IntegrityError, match="published before"):
-        pool.publish(block, ("", b"b"))
+    pool.publish(block, (b"", b"a", 0))
+    pool.publish(block, (b"", b"a", 0))
+    for other in ((b"", b"b", 0), (b"", b"a", 1), (b"x", b"a", 0)):
+        with pytest.raises(IntegrityError, match="published before"):
+            pool.publish(block, other)
     pool.release([block])
     with pytest.raises(IntegrityError, match="not active"):
-        pool.publish(block, ("", b"c"))
+        pool.publish(block, (b"", b"c", 0))
+
+
+def test_no_block_is_passed_over(pool):
+    table = pool.allocate(2)
+    pool.share([NO_BLOCK, *table])
+    assert [pool.references(block) for block in table] == [2, 2]
+    pool.check_integrity([[NO_BLOCK, *table], table])
+    pool.release([NO_BLOCK, NO_BLOCK, *table])
+    pool.release(table)
+    assert pool.counts.free == 4
 
 
 def leak(pool, tables):
@@ -193,14 +201,6 @@ def lose_a_key(pool, tables):
     pool._key_of.popitem()
 
 
-def lose_a_link(pool, tables):
-    pool._link_of.popitem()
-
-
-def repeat_a_link(pool, tables):
-    pool._link_of = dict.fromkeys(pool._link_of, 7)
-
-
 def swap_contents(pool, tables):
     pool._by_key = dict(zip(pool._by_key, reversed(pool._by_key.values()), strict=True))
 
@@ -211,14 +211,15 @@ def mark_a_cached_block_found(pool, tables):
 
 def publish_a_free_block(pool, tables):
     block = pool._free[0]
-    pool._by_key["", b"x"], pool._key_of[block], pool._link_of[block] = block, ("", b"x"), 99
+    key = (b"", b"x", 0)
+    pool._by_key[key], pool._key_of[block] = block, key
 
 
 def test_the_check_of_a_large_pool_comes_in_many_turns():
     pool = BlockPool(10 * AUDIT_TURN)
     held = pool.allocate(4 * AUDIT_TURN)
     for block in held:
-        pool.publish(block, ("", block.to_bytes(4)))
+        pool.publish(block, (b"", block.to_bytes(4), 0))
     pool.release(held[AUDIT_TURN:])
     # Every block, each that is in a list, each that can be found.
     assert 10 + 9 + 4 <= sum(1 for _ in pool.audit([held[:AUDIT_TURN]])) <= 10 + 9 + 4 + 5
@@ -229,7 +230,7 @@ def test_the_check_of_a_large_pool_comes_in_many_turns():
 
 DAMAGE = (
     leak, forget_reference, free_twice, hand_out_free, miscount_shared, lose_a_cached_block,
-    lose_a_key, lose_a_link, repeat_a_link, swap_contents, mark_a_cached_block_found,
+    lose_a_key, swap_contents, mark_a_cached_block_found,
     publish_a_free_block,
 )  # fmt: skip
 
@@ -240,7 +241,7 @@ def test_the_integrity_check_finds(damage):
     tables = [pool.allocate(1), pool.allocate(2)]
     old = pool.allocate(2)
     for content, block in enumerate([*old, *tables[0]]):
-        pool.publish(block, ("", bytes([content])))
+        pool.publish(block, (b"", bytes([content]), 0))
     pool.release(old)
     pool.check_integrity(tables)
     damage(pool, tables)

@@ -8,6 +8,7 @@ from octavo.core import forecast
 from octavo.core.sequence import Sequence, blocks_for
 from octavo.core.step import ScheduledSequence, StepPlan
 from octavo.core.waiting import WaitingTotals
+from octavo.kv_layout import KvGroups
 from octavo.params import SamplingParams
 
 EMPTY = WaitingTotals()
@@ -33,7 +34,7 @@ def demand(running=(), waiting=EMPTY, *, mean=50.0, pace=1.0, active=0):
         list(running),
         waiting,
         active_blocks=active,
-        block_size=16,
+        kv=KvGroups(16),
         mean_output=mean,
         tokens_per_s=pace,
     )

@@ -1,5 +1,7 @@
 """Several samples of one request: one prompt, shared blocks, copies on the first write."""
 
+from dataclasses import replace
+
 import pytest
 from fake_runner import FakeRunner, next_token
 
@@ -173,7 +175,12 @@ def test_a_rebuilt_group_never_holds_a_second_copy_of_its_prompt(monkeypatch):
         engine.step()
     engine.scheduler.abort("a")
     cache, real = engine.scheduler.prefix_cache, engine.scheduler.prefix_cache.find
-    monkeypatch.setattr(cache, "find", lambda s: real(s)[::-1] if s.branch else real(s))
+
+    def others(sequence, joined_at=None):
+        found = real(sequence, joined_at)
+        return replace(found, table=found.table[::-1]) if sequence.branch else found
+
+    monkeypatch.setattr(cache, "find", others)
     wanted = {("b", b): sample(TEXT[20:30], b, 12) for b in range(3)}
     outputs = engine.finish()
     assert {key: outputs[key] for key in wanted} == wanted

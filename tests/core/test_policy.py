@@ -8,6 +8,7 @@ from octavo.core.group import Group
 from octavo.core.policy import FcfsPolicy, PolicyFactory, PriorityPolicy, UnknownPolicyError
 from octavo.core.sequence import Sequence, blocks_for
 from octavo.core.waiting import WaitingQueue
+from octavo.kv_layout import KvGroups
 from octavo.params import SamplingParams
 
 
@@ -29,7 +30,7 @@ def drain(queue):
 
 
 def filled(policy, sequences):
-    queue = WaitingQueue(policy, block_size=4)
+    queue = WaitingQueue(policy, KvGroups(4))
     for item in random.Random(3).sample(sequences, len(sequences)):
         queue.push(Group(item.arrival, [item]))
     return queue

@@ -286,7 +286,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         totals = self.scheduler.waiting_totals
         assert totals.count == len(waiting)
         assert totals.growth == sum(s.remaining for s in waiting)
-        assert totals.blocks == sum(group.num_blocks(self.limits.block_size) for group in groups)
+        assert totals.blocks == sum(group.num_blocks(self.limits.kv) for group in groups)
         assert totals.tokens == sum(group.num_tokens for group in groups)
 
     def teardown(self):

@@ -7,6 +7,7 @@ does, it takes what it needs when a step is submitted, and runs the steps later,
 
 import atexit
 import hashlib
+import itertools
 import time
 from collections import deque
 
@@ -29,6 +30,7 @@ class FakeRunner:
     vocab_size = 97
     eos_token_ids = (3,)
     kv_bytes_per_block = 1024
+    kv_windows = (None,)
     device = "cpu"
     dtype_name = "float32"
 
@@ -52,6 +54,17 @@ class FakeRunner:
     def allocate_kv(self, num_blocks):
         self.slots = [EMPTY] * (num_blocks * self.block_size)
 
+    def allocate_swap(self, num_blocks):
+        self.host = [EMPTY] * (num_blocks * self.block_size)
+        return 1e-9
+
+    def swap(self, plan):
+        size = self.block_size
+        for source, target in plan.swap_out:
+            self.host[target * size : (target + 1) * size] = self.slots[source * size :][:size]
+        for source, target in plan.swap_in:
+            self.slots[target * size : (target + 1) * size] = self.host[source * size :][:size]
+
     def submit(self, plan):
         assert plan.sequences, "an empty step"
         self.rows.follow(plan)
@@ -59,7 +72,9 @@ class FakeRunner:
             msgspec.structs.replace(s, token_ids=list(s.token_ids), block_table=list(s.block_table))
             for s in plan.sequences
         ]
-        self.queue.append(StepPlan(tuple(copied), plan.copies))
+        self.queue.append(
+            StepPlan(tuple(copied), plan.copies, swap_out=plan.swap_out, swap_in=plan.swap_in)
+        )
         assert len(self.queue) <= 2, "more than two steps in flight"
         return self.queue[-1]
 
@@ -79,6 +94,7 @@ class FakeRunner:
 
     def run(self, plan):
         self.steps += 1
+        self.swap(plan)
         drawn = []
         for source, destination in plan.copies:
             size = self.block_size
@@ -131,6 +147,13 @@ class RowMirror:
             self.shares[share.seq_id] = msgspec.structs.replace(share, block_table=table)
         assert len(self.shares) == rows.count
         assert rows.context == sum(share.start for share in self.shares.values())
+        for share in plan.sequences[: rows.count]:
+            table = self.shares[share.seq_id].block_table
+            # What lies behind a window is given up without a word.
+            table[:] = [
+                -1 if true == -1 else told
+                for told, true in itertools.zip_longest(table, share.block_table)
+            ]
         true = [self.known(share) for share in plan.sequences[: rows.count]]
         assert [self.known(share) for share in self.shares.values()] == true
         chunks = {share.seq_id for share in plan.chunks}

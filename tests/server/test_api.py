@@ -280,7 +280,7 @@ def test_the_load_report_has_the_contract_s_shape(server: ApiServer) -> None:
     eventually(lambda: server.load()["blocks"], what="load")
     load = server.load()
     assert set(load) == {
-        "schema", "state", "blocks", "block_size", "kv_utilization", "demand_blocks",
+        "schema", "state", "blocks", "block_size", "block_bytes", "kv_utilization", "demand_blocks",
         "seconds_to_exhaustion", "running", "waiting", "waiting_blocks", "prefill_backlog_s",
         "step_budget_used", "preemptions", "last_activity", "draining",
     }  # fmt: skip

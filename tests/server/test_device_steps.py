@@ -5,6 +5,7 @@ from pathlib import Path
 
 import llama_checkpoints
 import pytest
+import tiny_models
 import torch
 from requests_of_all_kinds import BLOCK, BUDGET, MAX_SEQS, requests, run
 
@@ -58,8 +59,8 @@ def device_runner(checkpoint, num_blocks: int) -> tuple[Runner, list[PaddedGraph
     runner = Runner(str(checkpoint), device="cpu", block_size=BLOCK, seed=3)
     runner.allocate_kv(num_blocks + 1)
     cache = runner._steps._kv_cache
-    width = runner.max_model_len // BLOCK
-    layout = StateLayout(MAX_SEQS, width, BUDGET)
+    groups = len(runner.kv_windows)
+    layout = StateLayout(MAX_SEQS, groups * (runner.max_model_len // BLOCK), BUDGET, groups)
     space = Workspace(runner._decoder, layout, BLOCK, torch.device("cpu"))
     made = []
 
@@ -103,6 +104,25 @@ def test_outputs_are_those_of_the_plain_runner(checkpoint, seed, depth) -> None:
     same(expected, run(plain_runner(checkpoint, num_blocks), asked, num_blocks, depth)[0])
     assert any(size > count for count, size in graphs.runs)
     assert preemptions or seed
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory) -> Path:
+    """Two groups of layers; sequences outgrow the window of 24 tokens of one of them."""
+    tiny = tiny_models.TINY["gemma2"]
+    model = tiny_models.model_of(tiny)
+    return tiny_models.write(tiny, model, tmp_path_factory.mktemp("windowed"))
+
+
+@pytest.mark.parametrize("host_blocks", [0, 60])
+def test_windows_and_swaps_are_those_of_the_plain_runner(windowed, host_blocks) -> None:
+    asked = requests(2, 20)
+    expected, _ = run(plain_runner(windowed, 400), asked, 400, 1)
+    runner, _ = device_runner(windowed, 44)
+    assert len(runner.kv_windows) == 2
+    got, preemptions = run(runner, asked, 44, 2, host_blocks)
+    same(expected, got)
+    assert preemptions > 0
 
 
 @pytest.mark.parametrize("where", ["send", "fetch"])

@@ -117,7 +117,7 @@ def test_sequences_with_one_token_come_first_and_results_keep_the_plan_s_order()
     assert batch.positions.tolist() == [9, 0, 4, 5, 6, 0, 1]
     assert batch.query_start.tolist() == [0, 1, 2, 5, 7]
     assert batch.seq_lens.tolist() == [10, 1, 7, 2]
-    assert batch.slots.tolist() == [13, 16, 24, 25, 26, 28, 29]
+    assert batch.slots[0].tolist() == [13, 16, 24, 25, 26, 28, 29]
     # Of 0, 1 and 3, which sample, in the plan's order; then of 2's prompt.
     assert batch.logit_rows.tolist() == [4, 0, 1, 5, 6]
 
@@ -136,7 +136,7 @@ def test_arrays_are_those_of_brute_force() -> None:
         ordered = sorted(shares, key=lambda s: len(s.token_ids) > 1)
         flat = [(s, s.start + k, t) for s in ordered for k, t in enumerate(s.token_ids)]
         assert batch.token_ids.tolist() == [t for _, _, t in flat]
-        assert batch.slots.tolist() == [s.block_table[p // 4] * 4 + p % 4 for s, p, _ in flat]
+        assert batch.slots[0].tolist() == [s.block_table[p // 4] * 4 + p % 4 for s, p, _ in flat]
         last = {s.seq_id: i for i, (s, _, _) in enumerate(flat)}
         assert batch.logit_rows.tolist() == [last[s.seq_id] for s in shares if s.samples]
 

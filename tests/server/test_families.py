@@ -14,10 +14,12 @@ import tiny_models
 import torch
 
 from octavo.checkpoint import TensorEntry, read_checkpoint
+from octavo.core.block_pool import NO_BLOCK
 from octavo.core.step import ScheduledSequence, StepPlan
 from octavo.engine import weights
 from octavo.engine.batch import build_batch
 from octavo.errors import ModelError, OctavoError, UnsupportedModelError
+from octavo.kv_layout import KvGroups
 from octavo.model_shape import read_shape
 from octavo.models.decoder import Decoder, empty_parameters
 from octavo.models.hf_config import HfConfig, read_config
@@ -55,19 +57,31 @@ def load_decoder(folder: Path) -> Decoder:
 
 
 class Session:
-    """One sequence on blocks of its own, fed a chunk at a time."""
+    """One sequence on blocks of its own, fed a chunk at a time.
+
+    Before a chunk runs, each windowed group loses the blocks that lie behind its window, and what
+    was in them becomes NaN.
+    """
 
     def __init__(self, decoder, length: int) -> None:
         spec, self.decoder, self.fed = decoder.spec, decoder, 0
-        blocks = length // BLOCK + 2
-        shape = (spec.num_layers, 2, blocks, BLOCK, spec.num_kv_heads, spec.head_dim)
+        layout = spec.kv_layout(spec.max_positions)
+        self.kv = KvGroups(BLOCK, layout.windows)
+        blocks = (length // BLOCK + 2) * self.kv.count
+        shape = (layout.layers_per_group, 2, blocks, BLOCK, spec.num_kv_heads, spec.head_dim)
         self.cache = torch.full(shape, float("nan"))
         self.table = list(range(blocks))[::-1]
 
     def feed(self, tokens: list[int]) -> torch.Tensor:
         """Logits of all the tokens."""
+        for group, window in self.kv.sliding:
+            for row in range(self.kv.behind(window, self.fed)):
+                entry = row * self.kv.count + group
+                if self.table[entry] != NO_BLOCK:
+                    self.cache[:, :, self.table[entry]] = float("nan")
+                    self.table[entry] = NO_BLOCK
         sequence = ScheduledSequence(0, tokens, self.fed, self.table, True, SamplingParams(), 0)
-        batch = build_batch(StepPlan((sequence,)), BLOCK, CPU)
+        batch = build_batch(StepPlan((sequence,)), BLOCK, CPU, self.kv.count)
         batch = dataclasses.replace(batch, logit_rows=torch.arange(len(tokens)))
         self.fed += len(tokens)
         return self.decoder.logits(self.decoder.hidden(batch, self.cache))
@@ -165,6 +179,7 @@ def test_the_memory_plan_sees_the_same_shape(name, tmp_path) -> None:
     shape, spec = read_shape(tmp_path), family_of(config).translate(config)
     for field in ("num_layers", "num_kv_heads", "head_dim", "vocab_size", "max_positions"):
         assert getattr(shape, field) == getattr(spec, field), field
+    assert shape.windows == tuple(layer.window for layer in spec.layers)
 
 
 def test_the_compatibility_check_needs_no_torch() -> None:

@@ -141,6 +141,11 @@ shapes = st.builds(
     max_positions=st.integers(16, 131072),
     dtype=st.just("bfloat16"),
     tied_embeddings=st.booleans(),
+    windows=st.just(()),
+).flatmap(
+    lambda shape: st.lists(
+        st.sampled_from([None, 128, 4096]), min_size=shape.num_layers, max_size=shape.num_layers
+    ).map(lambda windows: replace(shape, windows=tuple(windows)))
 )
 requests = st.builds(
     Request,
@@ -212,9 +217,28 @@ def check_against_engine(folder, dtype):
     request = Request(8 * GIB, dtype, shape.max_positions)
     found = make_ledger(shape, promised, request)
     assert found.bytes_per_block == runner.kv_bytes_per_block
-    assert runner._kv_cache.nbytes == pytest.approx(65 * found.bytes_per_block, rel=0.03)
+    assert runner._steps._kv_cache.nbytes == pytest.approx(65 * found.bytes_per_block, rel=0.03)
     assert shape.max_positions == runner.max_model_len
     assert shape.vocab_size == runner.vocab_size
+
+
+def test_windows_let_more_sequences_in(tmp_path, capsys):
+    """Gemma 2's shape: every other layer keeps 4096 tokens of 131072."""
+    values = {**LLAMA_8B, "num_hidden_layers": 26}
+    write_headers(tmp_path, values)
+    _, full = planned(capsys, str(tmp_path), "--gpu", "h100")
+    shape = read_shape(tmp_path)
+    assert set(shape.windows) == {None}
+    request = Request(full["total_bytes"], "bfloat16", 131072)
+    windowed = replace(shape, windows=(4096, None) * 13)
+    found = make_ledger(windowed, full["weights_bytes"], request)
+    assert (found.kv_groups, found.layers_per_block, found.padding_bytes) == (2, 13, 0)
+    assert found.bytes_per_block == full["bytes_per_block"] // 2
+    assert (full["full_length_sequences"], found.full_length_sequences) == (4, 8)
+    text = ledger.as_text("title", make_ledger(
+        replace(shape, windows=(512,) * 29 + (None,) * 5), full["weights_bytes"], request
+    ), [])  # fmt: skip
+    assert "of these without a layer: 7 groups of 5 layers" in text
 
 
 def test_shapes_under_other_families_names(tmp_path):

@@ -15,6 +15,7 @@ import octavo
 from octavo import LLM, BeamSearchParams, SamplingParams
 from octavo.engine.loop import RunnerError
 from octavo.errors import ConfigError
+from octavo.kv_layout import KvGroups
 from octavo.kv_stats import KvMeter
 from octavo.llm_inputs import PromptError
 
@@ -304,13 +305,23 @@ class Holder:
 
 
 def test_the_meter_counts_a_shared_block_once():
-    meter = KvMeter(4)
+    meter = KvMeter(KvGroups(4), 1024)
     # Blocks 1 and 2 are shared; 2 is half full; block 4 was given ahead and is empty.
     meter.observe([Holder([1, 2], 6), Holder([1, 2], 6), Holder([3, 4], 4)], active=4)
     stats = meter.stats(llm()._loop.scheduler.pool.counts)
     assert stats.waste == (2 + 4) / 16
     assert stats.sharing == 1 - 4 / 6
     assert stats.peak_active == 4
+
+
+def test_the_meter_passes_over_what_a_window_has_given_up():
+    meter = KvMeter(KvGroups(4, (None, 4)), 1024)
+    # Three rows of two groups; of the second's blocks only the last two are left.
+    meter.observe([Holder([1, -1, 2, 3, 4, 5], 10)], active=5)
+    stats = meter.stats(llm()._loop.scheduler.pool.counts)
+    assert stats.waste == 2 * 2 / 20
+    assert stats.sharing == 0
+    assert stats.block_bytes == 1024
 
 
 def test_samples_share_their_prompt_and_are_those_of_lone_requests():

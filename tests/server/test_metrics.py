@@ -17,7 +17,7 @@ LOAD = Load(
     demand_blocks={"now": 20, "60s": 30}, seconds_to_exhaustion=None, running=3, waiting=2,
     waiting_blocks=4, prefill_backlog_s=0.1, step_budget_used=0.5, preemptions=6, steps=9,
     prompt_tokens=7, generation_tokens=8, prefix_cache_queries=90, prefix_cache_hits=60,
-    last_activity=5.5,
+    last_activity=5.5, swapped_out=12, swapped_in=11, host_blocks_used=1, host_blocks=4,
 )  # fmt: skip
 READY = Ready(512, 100, 16, 64, 4, "cpu", "float32", 1024)
 
@@ -61,6 +61,7 @@ def test_the_names_of_vllm(full: Samples) -> None:
     assert value(full, "vllm:num_requests_running") == 3
     assert value(full, "vllm:num_requests_waiting") == 2
     assert value(full, "vllm:kv_cache_usage_perc") == 0.25
+    assert value(full, "vllm:cpu_cache_usage_perc") == 0.25
     assert value(full, "vllm:num_preemptions_total") == 6
     assert value(full, "vllm:prefix_cache_queries_total") == 90
     assert value(full, "vllm:prefix_cache_hits_total") == 60
@@ -90,8 +91,11 @@ def test_small_gaps_can_be_told_apart(full: Samples) -> None:
 def test_our_own_names(full: Samples) -> None:
     for state, count in (("active", 16), ("shared", 2), ("cached", 8), ("free", 40)):
         assert value(full, "octavo_kv_blocks", state=state) == count
+    assert value(full, "octavo_kv_block_bytes") == 1024
     assert value(full, "octavo_kv_demand_blocks", horizon="60s") == 30
     assert value(full, "octavo_waiting_blocks") == 4
+    assert value(full, "octavo_swapped_out_blocks_total") == 12
+    assert value(full, "octavo_swapped_in_blocks_total") == 11
     assert value(full, "octavo_step_budget_utilization") == 0.5
     assert value(full, "octavo_preemptions_total") == 6
     assert value(full, "octavo_load_progress_ratio", phase="warmup") == 1

@@ -7,6 +7,7 @@ from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits
 from octavo.core.scheduler import Scheduler
+from octavo.core.swap import SwapSpace
 from octavo.engine.loop import EngineLoop
 from octavo.params import SamplingParams
 
@@ -46,14 +47,21 @@ def requests(seed: int, count: int) -> list[wire.AddRequest]:
     return made
 
 
-def run(runner, asked: list[wire.AddRequest], num_blocks: int, depth: int):
-    """What each request got: (tokens, log-probabilities, end) by request and sample."""
+def run(runner, asked: list[wire.AddRequest], num_blocks: int, depth: int, host_blocks: int = 0):
+    """What each request got: (tokens, log-probabilities, end) by request and sample.
+
+    With `host_blocks` whoever is preempted is swapped out.
+    """
     limits = Limits(
         block_size=runner.block_size, max_model_len=runner.max_model_len, max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=BUDGET, vocab_size=VOCAB, eos_token_ids=frozenset({2}),
+        kv_windows=runner.kv_windows,
     )  # fmt: skip
-    scheduler = Scheduler(BlockPool(num_blocks), PolicyFactory.get_policy("fcfs"), limits)
+    swap = SwapSpace(host_blocks, runner.allocate_swap(host_blocks + 1)) if host_blocks else None
+    scheduler = Scheduler(BlockPool(num_blocks), PolicyFactory.get_policy("fcfs"), limits, swap)
     loop = EngineLoop(scheduler, runner, depth=depth)
+    if swap is not None:
+        swap.recompute_seconds = lambda tokens: 1e9
     waiting = list(asked)
     got: dict[tuple[str, int], tuple[list, list, list]] = {}
     steps = 0
@@ -69,4 +77,5 @@ def run(runner, asked: list[wire.AddRequest], num_blocks: int, depth: int):
         steps += 1
         assert steps < 3000
     scheduler.check_integrity()
+    assert swap is None or swap.blocks_in > 0
     return got, scheduler.counters.preemptions

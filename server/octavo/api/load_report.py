@@ -49,6 +49,7 @@ def _scheduler_part(lifecycle: Lifecycle, in_flight: int) -> dict[str, Any]:
         return {
             "blocks": None,
             "block_size": lifecycle.engine.block_size if lifecycle.engine else None,
+            "block_bytes": _block_bytes(lifecycle),
             "kv_utilization": 0.0,
             "demand_blocks": None,
             "seconds_to_exhaustion": None,
@@ -64,6 +65,7 @@ def _scheduler_part(lifecycle: Lifecycle, in_flight: int) -> dict[str, Any]:
     return {
         "blocks": msgspec.to_builtins(load.blocks),
         "block_size": load.block_size,
+        "block_bytes": _block_bytes(lifecycle),
         "kv_utilization": load.kv_utilization,
         "demand_blocks": load.demand_blocks,
         "seconds_to_exhaustion": load.seconds_to_exhaustion,
@@ -75,3 +77,7 @@ def _scheduler_part(lifecycle: Lifecycle, in_flight: int) -> dict[str, Any]:
         "preemptions": load.preemptions,
         "last_activity": load.last_activity,
     }
+
+
+def _block_bytes(lifecycle: Lifecycle) -> int | None:
+    return lifecycle.engine.kv_bytes_per_block if lifecycle.engine else None

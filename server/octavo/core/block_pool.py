@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 NULL_BLOCK = 0
+# In a table: no block, where a sliding window has left one behind. Sharing and releasing a table
+# pass over it.
+NO_BLOCK = -1
 # Blocks that are checked at a time: a quarter of a millisecond.
 AUDIT_TURN = 2048
 
-# What a full block holds: what comes before it (the scope, or the link of the block before), and
-# its own token ids, packed. Equal keys are equal contents, from the first token on.
-BlockKey = tuple[str | int, bytes]
+# What a full block holds: the digest of all that comes before it, its own token ids, packed, and
+# the group of layers. Equal keys are equal contents, from the first token on.
+BlockKey = tuple[bytes, bytes, int]
 
 
 class OutOfBlocksError(RuntimeError):
@@ -58,8 +61,6 @@ class BlockPool:
         self._found_before: OrderedDict[int, None] = OrderedDict()
         self._by_key: dict[BlockKey, int] = {}
         self._key_of: dict[int, BlockKey] = {}
-        self._link_of: dict[int, int] = {}
-        self._next_link = 0
 
     @property
     def num_free(self) -> int:
@@ -95,6 +96,8 @@ class BlockPool:
     def share(self, blocks: Iterable[int]) -> None:
         """Add one reference to each block; all must be active."""
         for block in blocks:
+            if block == NO_BLOCK:
+                continue
             self._require_active(block)
             self._references[block] += 1
             if self._references[block] == 2:
@@ -107,6 +110,8 @@ class BlockPool:
         prefix is reused first.
         """
         for block in reversed(blocks):
+            if block == NO_BLOCK:
+                continue
             self._require_active(block)
             self._references[block] -= 1
             if self._references[block] == 1:
@@ -119,35 +124,21 @@ class BlockPool:
 
     # Contents.
 
-    def publish(self, block: int, key: BlockKey) -> int:
-        """Say what an active block holds, so that it can be found; return the content's link.
+    def publish(self, block: int, key: BlockKey) -> None:
+        """Say what an active block holds, so that it can be found.
 
-        The link stands for this block and all before it in the keys of those that follow. Where
-        another block holds the same already, that one stays the one to be found. A block that was
-        published before keeps its link, also when what preceded it has been evicted since.
+        Where another block holds the same already, that one stays the one to be found.
         """
         self._require_active(block)
         before = self._key_of.get(block)
-        if before is not None:
-            if before[1] != key[1]:
-                raise IntegrityError(f"block {block} was published before, with other contents")
-            return self._link_of[block]
-        known = self._by_key.get(key)
-        if known is None:
-            known = block
-            self._by_key[key] = block
+        if before is not None and before != key:
+            raise IntegrityError(f"block {block} was published before, with other contents")
+        if self._by_key.setdefault(key, block) == block:
             self._key_of[block] = key
-            self._link_of[block] = self._next_link
-            self._next_link += 1
-        return self._link_of[known]
 
     def find(self, key: BlockKey) -> int | None:
         """The block that holds this, active or cached; `take` it before anything is allocated."""
         return self._by_key.get(key)
-
-    def link(self, block: int) -> int:
-        """The link of a published block."""
-        return self._link_of[block]
 
     def take(self, blocks: Iterable[int]) -> None:
         """Add one reference to each of the blocks found, which may be cached."""
@@ -179,7 +170,6 @@ class BlockPool:
 
     def _unpublish(self, block: int) -> None:
         del self._by_key[self._key_of.pop(block)]
-        del self._link_of[block]
         self._found[block] = False
 
     def _queue_of(self, block: int) -> OrderedDict[int, None]:
@@ -202,6 +192,7 @@ class BlockPool:
     def audit(self, tables: Iterable[Sequence[int]]) -> Iterator[None]:
         """The same in turns, each bounded whatever the pool's size; nothing may change between."""
         held = Counter(block for table in tables for block in table)
+        held.pop(NO_BLOCK, None)
         unused = 0
         for block, references in enumerate(self._references):
             if held.get(block, 0) != references:
@@ -237,17 +228,13 @@ class BlockPool:
                     yield
 
     def _audit_contents(self) -> Iterator[None]:
-        """Blocks, their contents and their links belong together, one to one."""
-        if not len(self._by_key) == len(self._key_of) == len(self._link_of):
+        """Blocks and their contents belong together, one to one."""
+        if len(self._by_key) != len(self._key_of):
             raise IntegrityError(
-                f"{len(self._key_of)} published blocks, {len(self._by_key)} contents and "
-                f"{len(self._link_of)} links"
+                f"{len(self._key_of)} published blocks and {len(self._by_key)} contents"
             )
-        links = set()
         for index, (block, key) in enumerate(self._key_of.items()):
-            link = self._link_of.get(block)
-            if self._by_key.get(key) != block or link is None or link in links:
-                raise IntegrityError(f"block {block} cannot be found by its content or its link")
-            links.add(link)
+            if self._by_key.get(key) != block:
+                raise IntegrityError(f"block {block} cannot be found by its content")
             if index % AUDIT_TURN == 0:
                 yield

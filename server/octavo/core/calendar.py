@@ -85,7 +85,7 @@ class Calendar:
         """All rows, in the order of their results."""
         return list(self._rows.values())
 
-    def tick(self, grown: dict[int, int]) -> Rows:
+    def tick(self, grown: dict[int, list[int]]) -> Rows:
         """Let all rows take a step; `grown` has the blocks that rows got for it.
 
         Returns what has changed since the step before.
@@ -95,7 +95,12 @@ class Calendar:
             count=len(self._rows),
             left=tuple(self._left),
             joined=joined,
-            grown=tuple(item for item in grown.items() if item[0] not in self._joined),
+            grown=tuple(
+                (seq_id, block)
+                for seq_id, blocks in grown.items()
+                if seq_id not in self._joined
+                for block in blocks
+            ),
             context=self.context,
         )
         self._joined = {}

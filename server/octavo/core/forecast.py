@@ -13,9 +13,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from octavo.core.sequence import Sequence, blocks_for
+from octavo.core.block_pool import NO_BLOCK
+from octavo.core.sequence import Sequence
 from octavo.core.step import StepPlan
 from octavo.core.waiting import WaitingTotals
+from octavo.kv_layout import KvGroups
 
 HORIZONS: Mapping[str, float] = {"now": 0.0, "10s": 10.0, "30s": 30.0, "60s": 60.0}
 PRIOR_OUTPUT_TOKENS = 128.0
@@ -89,7 +91,7 @@ def demand_blocks(
     waiting: WaitingTotals,
     *,
     active_blocks: int,
-    block_size: int,
+    kv: KvGroups,
     mean_output: float,
     tokens_per_s: float,
 ) -> dict[str, int]:
@@ -99,30 +101,31 @@ def demand_blocks(
     counted once.
     """
     demand = {}
-    sizes = [
-        (s.length, expected_growth(s, mean_output), _blocks_held(s, block_size)) for s in running
-    ]
+    sizes = [(s.length, expected_growth(s, mean_output), _blocks_held(s, kv)) for s in running]
     for name, seconds in HORIZONS.items():
         pace = int(tokens_per_s * seconds)
         need = active_blocks + sum(
-            blocks_for(tokens + min(pace, growth), block_size) - held
-            for tokens, growth, held in sizes
+            max(0, kv.settled(tokens + min(pace, growth)) - held) for tokens, growth, held in sizes
         )
-        demand[name] = need + _waiting_demand(waiting, pace, mean_output, block_size)
+        demand[name] = need + _waiting_demand(waiting, pace, mean_output, kv)
     return demand
 
 
-def _blocks_held(sequence: Sequence, block_size: int) -> int:
+def _blocks_held(sequence: Sequence, kv: KvGroups) -> int:
     """Blocks in its table; a branch that still waits for the prompt's will be given those."""
     if sequence.branch and not sequence.block_table:
-        return sequence.num_prompt_tokens // block_size
-    return len(sequence.block_table)
+        return kv.settled(sequence.num_prompt_tokens // kv.block_size * kv.block_size)
+    holes = sequence.block_table.count(NO_BLOCK) if kv.sliding else 0
+    return len(sequence.block_table) - holes
 
 
-def _waiting_demand(waiting: WaitingTotals, pace: int, mean_output: float, block_size: int) -> int:
-    """From sums alone, so that a long queue costs nothing; a bound from above, tight for equals."""
+def _waiting_demand(waiting: WaitingTotals, pace: int, mean_output: float, kv: KvGroups) -> int:
+    """From sums alone, so that a long queue costs nothing; a bound from above, tight for equals.
+
+    Windows that are full do not grow; how many are is not in the sums.
+    """
     growth = min(waiting.count * pace, waiting.count * math.ceil(mean_output), waiting.growth)
-    return waiting.blocks + blocks_for(growth, block_size)
+    return waiting.blocks + kv.count * kv.rows(growth)
 
 
 def seconds_to_exhaustion(demand: Mapping[str, int], total: int) -> float | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from octavo.core.beam import BeamSearch
-from octavo.core.sequence import Sequence, blocks_for
+from octavo.core.sequence import Sequence
+from octavo.kv_layout import KvGroups
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +37,11 @@ class Group:
         return len(self.branches)
 
     @property
+    def swapped(self) -> bool:
+        """True while its blocks are in host memory."""
+        return any(branch.swapped for branch in self.branches)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens known of all branches, the prompt counted once."""
         prompt = self.lead.num_prompt_tokens
@@ -54,20 +60,14 @@ class Group:
         """Tokens that may still be drawn."""
         return sum(branch.remaining for branch in self.branches)
 
-    def num_blocks(self, block_size: int) -> int:
+    def num_blocks(self, kv: KvGroups) -> int:
         """Blocks for all tokens known."""
-        return self.blocks_with(block_size, [0] * len(self.branches))
+        return self.blocks_with(kv, [0] * len(self.branches))
 
-    def blocks_with(self, block_size: int, growth: list[int]) -> int:
-        """Blocks for all tokens known and for `growth` more of each branch."""
-        shared = self.lead.num_prompt_tokens // block_size if len(self.branches) > 1 else 0
-        return shared + sum(
-            blocks_for(branch.length + more, block_size) - shared
-            for branch, more in zip(self.branches, growth, strict=True)
-        )
+    def blocks_with(self, kv: KvGroups, growth: list[int], chunk: int = 1) -> int:
+        """Blocks for all tokens known and for `growth` more of each branch.
 
-
-def most_tokens(prompt: int, branches: int, num_blocks: int, block_size: int) -> int:
-    """The longest that each branch can become when all of them have the pool to themselves."""
-    shared = prompt // block_size if branches > 1 else 0
-    return (shared + (num_blocks - shared) // branches) * block_size
+        `chunk` bounds the tokens that a step runs of the group.
+        """
+        lengths = [branch.length + more for branch, more in zip(self.branches, growth, strict=True)]
+        return kv.blocks(lengths, self.lead.num_prompt_tokens, chunk)

@@ -11,11 +11,13 @@ import msgspec
 from octavo.core.beam import rebuild
 from octavo.core.forecast import OutputLengths
 from octavo.core.group import Group
+from octavo.core.kv_groups import slide
 from octavo.core.prefix_cache import PrefixCache
 from octavo.core.request import RequestError
 from octavo.core.roster import Roster
 from octavo.core.sequence import Sequence
 from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED, StepPlan
+from octavo.kv_layout import KvGroups
 from octavo.logprobs import TokenLogprobs
 
 _NO_TOKEN_TEXTS = {
@@ -73,11 +75,12 @@ class Flight:
 class Outcome:
     """Records what steps bring."""
 
-    def __init__(self, roster: Roster, prefix_cache: PrefixCache) -> None:
+    def __init__(self, roster: Roster, prefix_cache: PrefixCache, kv: KvGroups) -> None:
         self.counters = Counters()
         self.output_lengths = OutputLengths()
         self._roster = roster
         self._prefix_cache = prefix_cache
+        self._kv = kv
 
     def take(
         self, flight: Flight, sampled: Items[int], logprobs: Mapping[int, TokenLogprobs]
@@ -104,6 +107,10 @@ class Outcome:
                 continue
             if chosen != NO_TOKEN:
                 self._publish(sequence, end)
+            if self._kv.sliding and sequence.block_table:
+                # Branches that are rebuilt will join at the prompt's end and need what it sees.
+                done = min(end, sequence.num_prompt_tokens)
+                slide(sequence, done, self._kv, self._roster.pool)
             if chosen is None:
                 continue
             if sequence.params.use_beam_search:
@@ -163,7 +170,7 @@ class Outcome:
         """Why there is no token."""
         if token == NO_TOKEN:
             # NaN may stand in any of its blocks: nobody else may find them.
-            self._roster.pool.forget(sequence.block_table)
+            self._prefix_cache.forget(sequence)
         return f"{_NO_TOKEN_TEXTS[token]} after {len(sequence.tokens)} tokens"
 
     # Beam searches.

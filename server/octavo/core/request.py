@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import msgspec
 
 from octavo.core.beam import BeamSearch
-from octavo.core.group import Group, most_tokens
+from octavo.core.group import Group
 from octavo.core.sequence import Sequence
+from octavo.kv_layout import KvGroups
 from octavo.params import SamplingParams
 
 
@@ -18,7 +19,10 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the model and the configuration allow. `max_model_len` is prompt and output together."""
+    """What the model and the configuration allow. `max_model_len` is prompt and output together.
+
+    `kv_windows` are the windows of the cache's groups of layers (`kv_layout.KvLayout.windows`).
+    """
 
     block_size: int
     max_model_len: int
@@ -27,6 +31,21 @@ class Limits:
     vocab_size: int
     eos_token_ids: frozenset[int]
     enable_prefix_caching: bool = True
+    kv_windows: tuple[int | None, ...] = (None,)
+
+    @property
+    def kv(self) -> KvGroups:
+        """The groups of layers and what they keep."""
+        return KvGroups(self.block_size, self.kv_windows)
+
+    def longest(self, num_blocks: int, branches: int = 1, prompt: int = 0) -> int:
+        """Tokens that each branch of a request can have which has so many blocks to itself.
+
+        Where every group slides there may be no bound; then it is the context at least.
+        """
+        most = max(self.max_model_len, num_blocks * self.block_size)
+        chunk = self.max_num_batched_tokens
+        return self.kv.longest(num_blocks, most, branches=branches, prompt=prompt, chunk=chunk)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +111,13 @@ def make_group(request: Request, limits: Limits, num_blocks: int, first_id: int)
 def _check_prompt(prompt: list[int], limits: Limits, num_blocks: int) -> None:
     if not prompt:
         raise RequestError("the prompt has no tokens")
-    most = min(limits.max_model_len, num_blocks * limits.block_size)
+    capacity = limits.longest(num_blocks)
+    most = min(limits.max_model_len, capacity)
     if len(prompt) >= most:
         raise RequestError(
             f"the prompt has {len(prompt)} tokens; at most {most - 1} leave room for "
             f"one of output (context {limits.max_model_len} tokens, KV cache "
-            f"{num_blocks * limits.block_size})"
+            f"{capacity})"
         )
     vocab_size = limits.vocab_size
     if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -119,13 +139,13 @@ def _check_width(branches: int, limits: Limits) -> None:
 def _max_new_tokens(params: SamplingParams, prompt: int, limits: Limits, num_blocks: int) -> int:
     """Where each branch ends at the latest; the whole group then fits into the pool alone."""
     room = limits.max_model_len - prompt
-    most = most_tokens(prompt, params.branches, num_blocks, limits.block_size) - prompt
+    most = limits.longest(num_blocks, params.branches, prompt) - prompt
     asked = room if params.max_tokens is None else min(params.max_tokens, room)
     too_many = params.branches > 1 and params.max_tokens is not None and asked > most
     if most < 1 or too_many:
         raise RequestError(
             f"{params.branches} samples of {asked} tokens after a prompt of {prompt} do not fit "
-            f"into the KV cache of {num_blocks * limits.block_size} tokens; at most "
+            f"into the KV cache of {num_blocks} blocks; at most "
             f"{max(0, most)} tokens each would"
         )
     return min(asked, most)

@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from octavo.core.block_pool import BlockPool
+from octavo.core.block_pool import NO_BLOCK, BlockPool
 from octavo.core.calendar import Calendar
 from octavo.core.group import Group
 from octavo.core.policy import SchedulingPolicy
 from octavo.core.sequence import Sequence
+from octavo.core.swap import Pairs, SwapSpace
 from octavo.core.waiting import WaitingQueue
+from octavo.kv_layout import KvGroups
 
 
 class Roster:
@@ -22,10 +24,13 @@ class Roster:
     all its tokens are drawn and the last is in flight.
     """
 
-    def __init__(self, pool: BlockPool, policy: SchedulingPolicy, block_size: int) -> None:
+    def __init__(
+        self, pool: BlockPool, policy: SchedulingPolicy, kv: KvGroups, swap: SwapSpace | None
+    ) -> None:
         self.pool = pool
-        self.calendar = Calendar(block_size)
-        self.waiting = WaitingQueue(policy, block_size)
+        self.swap = swap
+        self.calendar = Calendar(kv.block_size)
+        self.waiting = WaitingQueue(policy, kv)
         self.running: dict[int, Group] = {}
         self.unsettled: dict[int, Group] = {}
         self.branches: dict[int, Sequence] = {}
@@ -51,10 +56,22 @@ class Roster:
         self.calendar.leave(branch)
         self.unsettled[group.arrival] = group
 
-    def preempt(self, group: Group) -> list[int]:
-        """Take the group's blocks; it returns to its place in the queue and replays later.
+    def swap_out(self, group: Group) -> Pairs:
+        """Before it is preempted: move the group's blocks to host memory where that pays.
 
-        Returns the ids of its sequences.
+        Returns the copies to be made.
+        """
+        if self.swap is None or not self.swap.pays(group):
+            return []
+        for branch in group.branches:
+            self.calendar.leave(branch)
+        return self.swap.out(group, self.pool)
+
+    def preempt(self, group: Group) -> list[int]:
+        """Take the group's blocks; it returns to its place in the queue.
+
+        There it replays later, or goes on where it was if its blocks were swapped out. Returns the
+        ids of its sequences.
         """
         del self.running[group.arrival]
         self.unsettled.pop(group.arrival, None)
@@ -62,7 +79,8 @@ class Roster:
             group.beam.candidates = {}
         for branch in group.branches:
             del self.branches[branch.seq_id]
-            self._free_blocks(branch)
+            if not branch.swapped:
+                self._free_blocks(branch)
             branch.preemptions += 1
         self.waiting.push(group)
         return [branch.seq_id for branch in group.branches]
@@ -91,6 +109,8 @@ class Roster:
         and writes every slot before reading it.
         """
         self.calendar.leave(sequence)
+        if sequence.swapped and self.swap is not None:
+            self.swap.drop(sequence)
         self.pool.release(sequence.block_table)
         # A new list: a plan may still hold the old one.
         sequence.block_table = []
@@ -111,6 +131,7 @@ class Roster:
     def _cost_of_a_block(self, group: Group) -> float:
         """Tokens to be computed again for each block that its preemption would free."""
         held = Counter(block for branch in group.branches for block in branch.block_table)
+        held.pop(NO_BLOCK, None)
         freed = sum(1 for block, n in held.items() if self.pool.references(block) == n)
         return group.num_computed / freed if freed else math.inf
 
@@ -141,3 +162,9 @@ class Roster:
         """Every block table there is."""
         groups = self.by_request.values()
         return (branch.block_table for group in groups for branch in group.branches)
+
+    @property
+    def swapped(self) -> Iterator[list[int]]:
+        """Every table of blocks in host memory."""
+        groups = self.by_request.values()
+        return (branch.swapped for group in groups for branch in group.branches)

@@ -29,17 +29,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from octavo.core.block_pool import BlockPool
+from octavo.core.block_pool import NO_BLOCK, BlockPool
 from octavo.core.calendar import row_share
 from octavo.core.forecast import OutputLengths, expected_growth
 from octavo.core.group import Group
+from octavo.core.kv_groups import shared_entries, slide
 from octavo.core.outcome import Counters, Flight, Outcome, SequenceUpdate, ends
 from octavo.core.policy import SchedulingPolicy
-from octavo.core.prefix_cache import PrefixCache
+from octavo.core.prefix_cache import NOTHING, Prefix, PrefixCache
 from octavo.core.request import Limits, Request, RequestError, make_group
 from octavo.core.roster import Roster
-from octavo.core.sequence import Sequence, blocks_for
+from octavo.core.sequence import Sequence
 from octavo.core.step import PENDING, ScheduledSequence, StepPlan
+from octavo.core.swap import Pairs, SwapSpace
 from octavo.core.waiting import WaitingTotals
 from octavo.logprobs import TokenLogprobs
 from octavo.params import SamplingParams
@@ -60,26 +62,36 @@ class _Draft:
     budget: int
     shares: list[ScheduledSequence] = field(default_factory=list)
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
-    grown: dict[int, int] = field(default_factory=dict)
+    grown: dict[int, list[int]] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    swap_out: Pairs = field(default_factory=list)
+    swap_in: Pairs = field(default_factory=list)
     alone: bool = False
 
 
 class Scheduler:
     """Plans steps over groups of sequences and a block pool; knows no model, device or clock."""
 
-    def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits) -> None:
-        self.max_len = min(limits.max_model_len, pool.num_blocks * limits.block_size)
+    def __init__(
+        self,
+        pool: BlockPool,
+        policy: SchedulingPolicy,
+        limits: Limits,
+        swap: SwapSpace | None = None,
+    ) -> None:
+        self.max_len = min(limits.max_model_len, limits.longest(pool.num_blocks))
         self.limits = limits
+        self.kv = limits.kv
         self.pool = pool
-        self.prefix_cache = PrefixCache(
-            pool, limits.block_size, enabled=limits.enable_prefix_caching
-        )
-        self._roster = Roster(pool, policy, limits.block_size)
-        self._outcome = Outcome(self._roster, self.prefix_cache)
+        self.swap = swap
+        self.prefix_cache = PrefixCache(pool, self.kv, enabled=limits.enable_prefix_caching)
+        self._roster = Roster(pool, policy, self.kv, swap)
+        self._outcome = Outcome(self._roster, self.prefix_cache, self.kv)
         self._flights: deque[Flight] = deque()
         self._latest = StepPlan()
+        # By host block: copies of a plan that had no sequences, and so was not run.
+        self._to_swap_out: dict[int, int] = {}
         self._next_id = 0
 
     # Requests in and out.
@@ -168,8 +180,11 @@ class Scheduler:
         calendar = self._roster.calendar
         self.counters.copies += len(draft.copies)
         shares = tuple(draft.shares)
+        self._to_swap_out |= {host: block for block, host in draft.swap_out}
         if not shares and not calendar:
             return StepPlan(preempted=tuple(draft.preempted))
+        swap_out = tuple((block, host) for host, block in self._to_swap_out.items())
+        self._to_swap_out = {}
         sequences = calendar.rows
         needs_host = calendar.needs_host
         rows = calendar.tick(draft.grown)
@@ -178,6 +193,8 @@ class Scheduler:
             tuple(draft.copies),
             tuple(draft.preempted),
             rows,
+            swap_out=swap_out,
+            swap_in=tuple(draft.swap_in),
             # The tick has moved them one further than this step begins.
             list_rows=lambda: [row_share(row, row.computed - 1) for row in sequences],
             rows_need_host=needs_host,
@@ -198,7 +215,7 @@ class Scheduler:
             if branch.follows or not branch.remaining:
                 continue
             writes = branch.computed >= branch.written
-            if branch.decoding and writes and not self._must_copy(branch):
+            if branch.decoding and writes and not self._to_copy(branch):
                 roster.calendar.join(branch)
             else:
                 settled = False
@@ -209,16 +226,18 @@ class Scheduler:
         """Give blocks to the rows whose last one is full, in order of admission."""
         roster = self._roster
         growing: Iterable[Sequence] = roster.calendar.growing
-        if len(roster.calendar.growing) > self.pool.num_free:
+        if len(roster.calendar.growing) * self.kv.count > self.pool.num_free:
             growing = roster.in_order(growing)
         for branch in tuple(growing):
             if not branch.follows:
                 continue  # preempted for one before it
             group = roster.running[branch.arrival]
-            if self._make_room(group, 1, draft):
-                [block] = self.pool.allocate(1)
-                branch.block_table.append(block)
-                draft.grown[branch.seq_id] = block
+            if self.kv.sliding:
+                slide(branch, branch.computed, self.kv, self.pool)
+            if self._make_room(group, self.kv.count, draft):
+                blocks = self.pool.allocate(self.kv.count)
+                branch.block_table += blocks
+                draft.grown[branch.seq_id] = blocks
             else:
                 roster.unsettle(group, branch)
 
@@ -244,15 +263,23 @@ class Scheduler:
             places = self.limits.max_num_seqs - self.num_running
             if group.width > min(places, draft.budget):
                 return
-            found = self.prefix_cache.find(group.lead)
+            found = NOTHING if group.swapped else self._find(group)
             if self._admission_blocks(group, found) > self.pool.num_free:
                 return  # those behind it wait too: the order is the policy's, not the size's
             roster.admit(group)
-            self.prefix_cache.attach(group.lead, found)
+            if group.swapped and self.swap is not None:
+                draft.swap_in += self.swap.back(group, self.pool, self.prefix_cache)
+            else:
+                self.prefix_cache.attach(group.lead, found)
             if not self._continue(group, draft):
                 return
 
-    def _admission_blocks(self, group: Group, found: list[int]) -> int:
+    def _find(self, group: Group) -> Prefix:
+        """What the lead need not compute. Its branches will join it at the prompt's end."""
+        joined_at = group.lead.num_prompt_tokens if group.width > 1 else None
+        return self.prefix_cache.find(group.lead, joined_at)
+
+    def _admission_blocks(self, group: Group, found: Prefix) -> int:
         """Blocks to be taken for its known tokens and the output it is expected to grow by.
 
         By expectation, not by `max_tokens`: reserving the worst case leaves most of the cache
@@ -261,8 +288,11 @@ class Scheduler:
         Blocks found in the cache are to be taken too, unless somebody holds them already.
         """
         growth = [expected_growth(branch, self.output_lengths.mean) for branch in group.branches]
-        active = sum(1 for block in found if self.pool.references(block))
-        return group.blocks_with(self.limits.block_size, growth) - active
+        references = self.pool.references
+        active = sum(1 for block in found.table if block != NO_BLOCK and references(block))
+        # What is drawn later runs a token at a time.
+        chunk = min(group.num_tokens, self.limits.max_num_batched_tokens)
+        return group.blocks_with(self.kv, growth, chunk) - active
 
     def _continue(self, group: Group, draft: _Draft) -> bool:
         """Schedule a running group; False when budget or blocks did not suffice for all of it."""
@@ -319,11 +349,13 @@ class Scheduler:
         draft.alone = True
         if lead.computed < prompt:
             return
-        common = prompt // self.limits.block_size
+        common = prompt // self.kv.block_size
+        of_lead = lead.block_table[: common * self.kv.count]
         for branch in lost:
             found = self.prefix_cache.find(branch)
+            shared = zip(found.table, of_lead, strict=False)
             # Never a second copy of the prompt: the pool was promised to hold the group with one.
-            if len(found) > common and found[:common] == lead.block_table[:common]:
+            if found.rows > common and all(own in (NO_BLOCK, block) for own, block in shared):
                 self.prefix_cache.attach(branch, found)
             else:
                 self._join(branch, lead, prompt)
@@ -334,37 +366,38 @@ class Scheduler:
         At the end of the prompt each branch runs the last token for itself, to draw from it, but
         does not write it: the lead does, in the same step, and writing comes before reading.
         """
-        prompt = branch.num_prompt_tokens
+        kv, prompt = self.kv, branch.num_prompt_tokens
         branch.computed, branch.written = computed, prompt
         branch.cached_tokens = lead.cached_tokens
-        branch.block_table = lead.block_table[: blocks_for(prompt, self.limits.block_size)]
+        branch.block_table = lead.block_table[: kv.rows(prompt) * kv.count]
         self.pool.share(branch.block_table)
-        if prompt % self.limits.block_size:
+        if prompt % kv.block_size:
             # A rebuilt lead may have filled it: who writes here last does so in place.
-            self.pool.forget(branch.block_table[-1:])
+            self.pool.forget(branch.block_table[-kv.count :])
 
     def _grow(self, group: Group, sequence: Sequence, count: int, draft: _Draft) -> bool:
         """Give a running sequence blocks for `count` more tokens, preempting later ones if need be.
 
         False when its group is the last admitted and there are not enough: it sits this step out.
         """
-        size = self.limits.block_size
-        table = sequence.block_table
-        need = blocks_for(sequence.computed + count, size) - len(table)
-        copied = len(group.branches) > 1 and self._must_copy(sequence)
-        need += copied
+        kv = self.kv
+        need = kv.rows(sequence.computed + count) * kv.count - len(sequence.block_table)
+        copied = self._to_copy(sequence) if len(group.branches) > 1 else []
+        need += len(copied)
         if need <= 0:
             return True
+        if kv.sliding:
+            slide(sequence, sequence.computed, kv, self.pool)
         if not self._make_room(group, need, draft):
             return False
         blocks = self.pool.allocate(need)
-        if copied:
-            at = sequence.computed // size
-            draft.copies.append((table[at], blocks[0]))
-            self.pool.release(table[at:])
-            table = table[:at]
         # A new list where others may have been given the old one.
-        sequence.block_table = table + blocks
+        table = sequence.block_table + blocks[len(copied) :]
+        for entry, block in zip(copied, blocks, strict=False):
+            draft.copies.append((table[entry], block))
+            self.pool.release(table[entry : entry + 1])
+            table[entry] = block
+        sequence.block_table = table
         return True
 
     def _make_room(self, group: Group, need: int, draft: _Draft) -> bool:
@@ -373,21 +406,18 @@ class Scheduler:
             victim = self._roster.victim(group)
             if victim is None:
                 return False
+            draft.swap_out += self._roster.swap_out(victim)
             for seq_id in self._roster.preempt(victim):
                 draft.grown.pop(seq_id, None)
                 draft.preempted.append(seq_id)
             self.counters.preemptions += 1
         return True
 
-    def _must_copy(self, sequence: Sequence) -> bool:
-        """True when the block that its next token is written to is in another table too."""
-        at = sequence.computed // self.limits.block_size
-        table = sequence.block_table
-        return (
-            sequence.computed >= sequence.written
-            and at < len(table)
-            and self.pool.references(table[at]) > 1
-        )
+    def _to_copy(self, sequence: Sequence) -> list[int]:
+        """Entries of its table that its next token is written to and that others hold too."""
+        if sequence.computed < sequence.written:
+            return []
+        return shared_entries(sequence, self.kv, self.pool)
 
     def _schedule(self, sequence: Sequence, count: int, draft: _Draft) -> None:
         """Put the next `count` tokens of a sequence into the step; it then stands behind them."""
@@ -492,8 +522,11 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every block is accounted for; O(blocks)."""
-        self.pool.check_integrity(self._roster.tables)
+        for _ in self.audit():
+            pass
 
     def audit(self) -> Iterator[None]:
         """The same in short turns, as long as nothing changes between them."""
-        return self.pool.audit(self._roster.tables)
+        yield from self.pool.audit(self._roster.tables)
+        if self.swap is not None:
+            yield from self.swap.pool.audit(self._roster.swapped)

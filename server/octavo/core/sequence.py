@@ -37,8 +37,9 @@ class Sequence:
     again to draw from the last of them, and are then not written.
 
     For the prefix cache: only sequences of one `scope` find each other's blocks. The first
-    `chained` blocks are full and published, and `link` stands for the last of them.
-    `cached_tokens` were found when the sequence first ran.
+    `chained` rows of the table are full and published; `link` is the digest of their tokens.
+    `cached_tokens` were found when the sequence first ran. While its blocks are in host memory,
+    `swapped` has them in the places of the table's entries.
     """
 
     seq_id: int
@@ -57,7 +58,8 @@ class Sequence:
     written: int = 0
     scope: str = ""
     chained: int = 0
-    link: int = -1
+    link: bytes = b""
+    swapped: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     _clock: Clock = field(default=_STOPPED, init=False, repr=False)
     _computed: int = field(default=0, init=False, repr=False)

@@ -37,14 +37,16 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
 
     `token_ids[i]` stands at position `start + i`; its keys and values go to slot
     `block_table[p // block_size] * block_size + p % block_size` for p = start + i, and it attends
-    to positions 0..p. `samples` says that the last of these tokens is the last one known, so that
-    the step ends by drawing the next. `num_generated` is the count drawn before this step; with
-    `params.seed`, `seq_id` and `branch` (which of several samples of one request) it keys the
-    draw, so that a draw does not depend on batch mates. `tokens` is the sequence's own list, not a
-    copy: prompt, then what was drawn and read; who reads it when more may have been appended
-    bounds it by `num_prompt_tokens + num_generated`, and the last of these is missing while it is
-    in flight. Without `writes` the keys and values of these tokens are in their slots already, in
-    blocks that others may read, and are not written again.
+    to positions 0..p. With several groups of layers a row of the table has an entry for each of
+    them, as `kv_layout.KvGroups` says; an entry of -1 lies behind the group's window. `samples`
+    says that the last of these tokens is the last one known, so that the step ends by drawing the
+    next. `num_generated` is the count drawn before this step; with `params.seed`, `seq_id` and
+    `branch` (which of several samples of one request) it keys the draw, so that a draw does not
+    depend on batch mates. `tokens` is the sequence's own list, not a copy: prompt, then what was
+    drawn and read; who reads it when more may have been appended bounds it by `num_prompt_tokens +
+    num_generated`, and the last of these is missing while it is in flight. Without `writes` the
+    keys and values of these tokens are in their slots already, in blocks that others may read, and
+    are not written again.
     """
 
     seq_id: int
@@ -78,9 +80,9 @@ class Rows:
     A row runs one token, the one it drew in the step before, and draws the next. The rows are
     those of the plan before in their order, without those that `left`, and then those that
     `joined`. Where all have joined just now, whatever was a row before is none, also if another
-    scheduler made it one. `grown` has (seq_id, block) for each other row whose token goes to a new
-    block at the end of its table; a row's table changes in no other way. `context` counts the
-    cached tokens of all rows.
+    scheduler made it one. `grown` has (seq_id, block) for each block that is added to the table of
+    another row, whose token goes there: one for each group of layers, in order. Nothing else
+    changes in what a row sees of its table. `context` counts the cached tokens of all rows.
     """
 
     count: int = 0
@@ -94,15 +96,20 @@ _NO_ROWS = Rows()
 
 
 class StepPlan:
-    """One step: block copies first (copy-on-write), then one forward over all sequences.
+    """One step: block copies first, then one forward over all sequences.
 
     `chunks` are the shares of sequences that are no rows: parts of prompts and replays, first
-    draws, beams. `copies` holds (source block, destination block) pairs. `preempted` names
-    sequences whose blocks were taken; they will be planned again from position 0. `needs_host`
-    says that this step's tokens must be read before the next step is planned.
+    draws, beams. Copies are made in this order: `swap_out` (device block, host block), `swap_in`
+    (host block, device block), `copies` (source block, destination block; copy-on-write).
+    `preempted` names sequences whose blocks were taken; they will be planned again, from position 0
+    or, if they were swapped out, from where they were. `needs_host` says that this step's tokens
+    must be read before the next step is planned.
     """
 
-    __slots__ = ("_list_rows", "_sequences", "chunks", "copies", "needs_host", "preempted", "rows")
+    __slots__ = (
+        "_list_rows", "_sequences", "chunks", "copies", "needs_host", "preempted", "rows",
+        "swap_in", "swap_out",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -111,6 +118,8 @@ class StepPlan:
         preempted: tuple[int, ...] = (),
         rows: Rows = _NO_ROWS,
         *,
+        swap_out: tuple[tuple[int, int], ...] = (),
+        swap_in: tuple[tuple[int, int], ...] = (),
         list_rows: Callable[[], list[ScheduledSequence]] = list,
         rows_need_host: bool = False,
     ) -> None:
@@ -118,6 +127,8 @@ class StepPlan:
         self.copies = copies
         self.preempted = preempted
         self.rows = rows
+        self.swap_out = swap_out
+        self.swap_in = swap_in
         self.needs_host = rows_need_host or any(s.samples and needs_host(s.params) for s in chunks)
         self._list_rows: Callable[[], list[ScheduledSequence]] | None = list_rows
         self._sequences: tuple[ScheduledSequence, ...] | None = None if rows.count else chunks

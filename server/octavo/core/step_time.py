@@ -47,6 +47,13 @@ class StepTimeModel:
             return None
         return max(0, int((seconds - base - per_context * context) / per_token))
 
+    def added(self, tokens: int) -> float | None:
+        """Seconds by which so many tokens more make steps longer; None while it cannot be told.
+
+        From below: what they attend to is left out.
+        """
+        return None if self._steps < _MIN_STEPS else self._solve()[1] * tokens
+
     def _solve(self) -> tuple[float, float, float]:
         """Gaussian elimination on the normal equations; a negative cost is none."""
         rows = [[*row, target] for row, target in zip(self._products, self._targets, strict=True)]

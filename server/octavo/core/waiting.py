@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from octavo.core.group import Group
 from octavo.core.policy import SchedulingPolicy
+from octavo.kv_layout import KvGroups
 
 _SLACK = 64
 
@@ -28,10 +29,10 @@ class WaitingTotals:
 class WaitingQueue:
     """A heap by the policy's key; removal from the middle is lazy."""
 
-    def __init__(self, policy: SchedulingPolicy, block_size: int) -> None:
+    def __init__(self, policy: SchedulingPolicy, kv: KvGroups) -> None:
         self.totals = WaitingTotals()
         self._policy = policy
-        self._block_size = block_size
+        self._kv = kv
         self._heap: list[tuple[tuple[float, ...], int]] = []
         self._live: dict[int, Group] = {}
 
@@ -78,5 +79,5 @@ class WaitingQueue:
         totals = self.totals
         totals.count += sign * group.width
         totals.tokens += sign * group.num_tokens
-        totals.blocks += sign * group.num_blocks(self._block_size)
+        totals.blocks += sign * group.num_blocks(self._kv)
         totals.growth += sign * group.remaining

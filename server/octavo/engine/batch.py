@@ -33,10 +33,13 @@ def resolve(plan: StepPlan, drawn: Mapping[int, int]) -> StepPlan:
     return StepPlan(tuple(sequences), plan.copies, plan.preempted)
 
 
-def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
+def build_batch(
+    plan: StepPlan, block_size: int, device: torch.device, num_groups: int = 1
+) -> Batch:
     """All sequences' tokens one after another, with their positions, slots and block tables.
 
     Sequences with one token come first, else in the plan's order; `logit_rows` keep that order.
+    A sequence's table has `num_groups` entries a row, one for each group of layers.
     """
     order, num_decodes = decodes_first(plan.sequences)
     sequences = [plan.sequences[i] for i in order]
@@ -50,10 +53,8 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
     tables = np.full((len(sequences), widest), -1, dtype=np.int32)
     for row, sequence in enumerate(sequences):
         tables[row, : len(sequence.block_table)] = sequence.block_table
-    slots = tables[owner, positions // block_size].astype(np.int64) * block_size
-    slots += positions % block_size
-    # Slot -1 writes nothing: what these tokens would write is there.
-    slots[~np.array([s.writes for s in sequences], dtype=bool)[owner]] = -1
+    of_groups = [np.ascontiguousarray(tables[:, g::num_groups]) for g in range(num_groups)]
+    silent = ~np.array([s.writes for s in sequences], dtype=bool)[owner]
     begins_planned, ends_planned = np.empty_like(ends), np.empty_like(ends)
     begins_planned[order], ends_planned[order] = ends - counts, ends
     samples = np.array([s.samples for s in plan.sequences], dtype=bool)
@@ -66,10 +67,13 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
             np.fromiter((t for s in sequences for t in s.token_ids), np.int64, int(counts.sum()))
         ),
         positions=tensor(positions),
-        slots=tensor(slots),
+        slots=tuple(
+            tensor(_slots(table[owner, positions // block_size], positions, block_size, silent))
+            for table in of_groups
+        ),
         query_start=tensor(np.concatenate(([0], ends)).astype(np.int32)),
         seq_lens=tensor((starts + counts).astype(np.int32)),
-        block_tables=tensor(tables),
+        block_tables=tuple(tensor(table) for table in of_groups),
         logit_rows=tensor(
             np.concatenate(
                 (ends_planned[samples] - 1, *_prompt_rows(plan.sequences, begins_planned))
@@ -78,6 +82,15 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         num_decodes=num_decodes,
         max_query_len=int(counts.max()),
     )
+
+
+def _slots(
+    blocks: np.ndarray, positions: np.ndarray, block_size: int, silent: np.ndarray
+) -> np.ndarray:
+    """Where tokens are stored; -1 for the silent, whose keys and values are in their slots."""
+    slots: np.ndarray = blocks.astype(np.int64) * block_size + positions % block_size
+    slots[silent] = -1
+    return slots
 
 
 def decodes_first(sequences: Sequence[ScheduledSequence]) -> tuple[list[int], int]:

@@ -22,6 +22,7 @@ from octavo.engine.lane import Fetch, Lane
 from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
 from octavo.engine.rows import RowTable, StepInputs, Stretch, messages
 from octavo.engine.sampler import sample
+from octavo.engine.swap import HostBlocks
 from octavo.engine.workspace import Workspace
 from octavo.logprobs import TokenLogprobs
 from octavo.models.decoder import FEW_ROWS, Batch, Decoder
@@ -97,7 +98,8 @@ class InFlight:
 
 
 class DeviceSteps:
-    """Runs plans on `kv_cache`'s device, [layers, 2, blocks, block_size, kv_heads, head_dim].
+    """Runs plans on `kv_cache`'s device, [layers of a group, 2, blocks, block_size, kv_heads,
+    head_dim].
 
     At most two may be in flight. `seed` is the engine's.
     """
@@ -120,6 +122,7 @@ class DeviceSteps:
         self._lane = lane
         self._eos_token_ids = eos_token_ids
         self._seed = seed
+        self.host_blocks: HostBlocks | None = None
         self._rows = RowTable(workspace.layout, self._block_size, seed)
         # Rows, by sequence id: who is drawn for by the host, who wants log-probabilities.
         self._by_host: set[int] = set()
@@ -140,6 +143,8 @@ class DeviceSteps:
                 raise
 
     def _submit(self, plan: StepPlan) -> InFlight | Done:
+        if self.host_blocks is not None:
+            self.host_blocks.run(plan)
         if plan.copies:
             pairs = self._lane.send(np.array(plan.copies, dtype=np.int32))
             ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs.long())
@@ -224,10 +229,10 @@ class DeviceSteps:
         return Batch(
             token_ids=out.token_ids[:tokens],
             positions=out.positions[:tokens],
-            slots=out.slots[0, :tokens],
+            slots=tuple(slots[:tokens] for slots in out.slots),
             query_start=query_start[: sequences + 1],
             seq_lens=out.seq_lens[:sequences],
-            block_tables=out.block_tables[0, :sequences],
+            block_tables=tuple(tables[:sequences] for tables in out.block_tables),
             logit_rows=logit_rows,
             num_decodes=inputs.num_decodes,
             max_query_len=inputs.max_query_len,

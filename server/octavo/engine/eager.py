@@ -13,6 +13,7 @@ from octavo.engine.logits import Draw
 from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
 from octavo.engine.model import Model
 from octavo.engine.sampler import GREEDY_BELOW, draw_key, sample
+from octavo.engine.swap import HostBlocks
 from octavo_kernels import ops
 
 
@@ -30,20 +31,29 @@ class Done:
 class EagerSteps:
     """Runs a plan when it is submitted, so that its result is there at once.
 
-    `kv_cache` is [layers, 2, blocks, block_size, kv_heads, head_dim].
+    `kv_cache` is [layers of a group, 2, blocks, block_size, kv_heads, head_dim].
     """
 
     def __init__(
-        self, model: Model, kv_cache: torch.Tensor, eos_token_ids: Sequence[int], seed: int
+        self,
+        model: Model,
+        kv_cache: torch.Tensor,
+        num_groups: int,
+        eos_token_ids: Sequence[int],
+        seed: int,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        self._num_groups = num_groups
         self._eos_token_ids = eos_token_ids
         self._seed = seed
+        self.host_blocks: HostBlocks | None = None
         self._drawn: dict[int, int] = {}
 
     def submit(self, plan: StepPlan) -> Done:
         """Run the plan."""
+        if self.host_blocks is not None:
+            self.host_blocks.run(plan)
         result = self._run(resolve(plan, self._drawn))
         sampling = (s.seq_id for s in plan.sequences if s.samples)
         self._drawn = dict(zip(sampling, result.tokens, strict=True))
@@ -61,7 +71,7 @@ class EagerSteps:
             ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs)
         if not plan.sequences:
             return StepResult([])
-        batch = build_batch(plan, self._kv_cache.shape[3], device)
+        batch = build_batch(plan, self._kv_cache.shape[3], device, self._num_groups)
         hidden = self._model.hidden(batch, self._kv_cache)
         sampling = [s for s in plan.sequences if s.samples]
         draws = [draw_of(s, self._seed) for s in sampling]

@@ -43,9 +43,11 @@ class Gpu:
         max_num_tokens: int,
         eager: bool,
     ) -> None:
-        # One entry more than the longest sequence needs, and rows that begin at 16 bytes.
+        # A group has one entry more than the longest sequence needs, and rows begin at 16 bytes.
         width = -(-(blocks_for(max_model_len, block_size) + 1) // 4) * 4
-        layout = StateLayout(max_num_seqs, width, max(max_num_tokens, max_num_seqs))
+        groups = len(model.layout.windows)
+        tokens = max(max_num_tokens, max_num_seqs)
+        layout = StateLayout(max_num_seqs, groups * width, tokens, groups)
         self._model = model
         self._block_size = block_size
         self._max_model_len = max_model_len
@@ -98,7 +100,7 @@ class Gpu:
         As many whole prompts as there is room for, all in a block 0 that nothing is stored in.
         """
         layout, spec, device = self._space.layout, self._model.spec, self._space.words.device
-        tokens = layout.max_tokens
+        layers, tokens = self._model.layout.layers_per_group, layout.max_tokens
         longest = min(tokens, self._max_model_len)
         count = min(-(-tokens // longest), layout.max_rows)
         tokens = min(tokens, count * longest)
@@ -106,17 +108,17 @@ class Gpu:
         out = self._space.buffers
         ids = torch.arange(tokens, device=device)
         cache = torch.zeros(
-            (spec.num_layers, 2, 1, self._block_size, spec.num_kv_heads, spec.head_dim),
+            (layers, 2, 1, self._block_size, spec.num_kv_heads, spec.head_dim),
             dtype=self._dtype,
             device=device,
         )
         batch = Batch(
             token_ids=out.token_ids[:tokens].zero_(),
             positions=out.positions[:tokens].copy_(ids % longest),
-            slots=out.slots[0, :tokens].fill_(-1),
+            slots=tuple(slots[:tokens] for slots in out.slots.fill_(-1)),
             query_start=starts.int(),
             seq_lens=starts.diff().int(),
-            block_tables=out.block_tables[0, :count].zero_(),
+            block_tables=tuple(tables[:count] for tables in out.block_tables.zero_()),
             logit_rows=starts[1:] - 1,
             max_query_len=longest,
             attention_work=self._space.attention,

@@ -90,6 +90,8 @@ class EngineLoop:
         self._clock = clock or Clock()
         self._rates = forecast.StepRates()
         self._step_time = StepTimeModel()
+        if scheduler.swap is not None:
+            scheduler.swap.recompute_seconds = self._step_time.added
         self._target_itl_s = target_itl_s
         self._outbox: list[wire.TokenOutput] = []
         # Of prompts that are still being computed, by seq_id; they leave with the first token.
@@ -219,11 +221,12 @@ class EngineLoop:
         scheduler, rates = self.scheduler, self._rates
         counts, counters = scheduler.pool.counts, scheduler.counters
         waiting = scheduler.waiting_totals
+        swap = scheduler.swap
         demand = forecast.demand_blocks(
             scheduler.running,
             waiting,
             active_blocks=counts.active,
-            block_size=scheduler.limits.block_size,
+            kv=scheduler.kv,
             mean_output=scheduler.output_lengths.mean,
             tokens_per_s=rates.decode_tokens_per_s,
         )
@@ -253,6 +256,10 @@ class EngineLoop:
             prefix_cache_queries=scheduler.prefix_cache.counters.queries,
             prefix_cache_hits=scheduler.prefix_cache.counters.hits,
             last_activity=self._last_activity,
+            swapped_out=0 if swap is None else swap.blocks_out,
+            swapped_in=0 if swap is None else swap.blocks_in,
+            host_blocks_used=0 if swap is None else swap.pool.counts.active,
+            host_blocks=0 if swap is None else swap.pool.num_blocks,
         )
 
 

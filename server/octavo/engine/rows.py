@@ -38,6 +38,7 @@ class StateLayout:
     max_rows: int
     table_width: int
     max_tokens: int
+    groups: int = 1
 
     @cached_property
     def tables(self) -> int:
@@ -109,10 +110,9 @@ class RowTable:
     runs the steps in order, so those in flight have read it when it is written again.
     """
 
-    def __init__(self, layout: StateLayout, block_size: int, seed: int, groups: int = 1) -> None:
+    def __init__(self, layout: StateLayout, block_size: int, seed: int) -> None:
         self._layout = layout
         self._block_size = block_size
-        self._groups = groups
         self._seed = seed
         self.reset()
 
@@ -186,7 +186,7 @@ class RowTable:
     def _place(self, share: ScheduledSequence, sent: list[Stretch], drew: dict[int, bool]) -> int:
         """Send what the device does not know of a sequence; its row."""
         count, pending = len(share.token_ids), share.token_ids[-1] == PENDING
-        entries = blocks_for(share.start + count, self._block_size) * self._groups
+        entries = blocks_for(share.start + count, self._block_size) * self._layout.groups
         if not entries <= len(share.block_table) <= self._layout.table_width:
             raise ValueError(
                 f"sequence {share.seq_id} has a block table of {len(share.block_table)} entries; "

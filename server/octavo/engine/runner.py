@@ -17,6 +17,7 @@ from octavo.engine.eager import EagerSteps
 from octavo.engine.gpu import Gpu
 from octavo.engine.memory import available_host_bytes
 from octavo.engine.model import check_model
+from octavo.engine.swap import HostBlocks
 from octavo.errors import ConfigError, DeviceError, DoesNotFitError
 from octavo.models.decoder import Decoder
 from octavo.models.hf_config import read_eos_token_ids
@@ -41,7 +42,9 @@ class Step(Protocol):
 
 
 class Steps(Protocol):
-    """How steps are run on a device."""
+    """How steps are run on a device. `host_blocks` are what plans swap with."""
+
+    host_blocks: HostBlocks | None
 
     def submit(self, plan: StepPlan) -> Step:
         """Start a step; its tokens need not be known yet when this returns."""
@@ -99,6 +102,7 @@ class Runner:
         self.dtype_name = _dtype_name(dtype, self.device, self.spec)
         self.max_model_len = _max_model_len(max_model_len, self.spec)
         self.block_size = block_size
+        self._layout = self.spec.kv_layout(self.max_model_len)
         self._seed = seed
         progress("check", 1.0)
 
@@ -110,6 +114,7 @@ class Runner:
             lambda done, all_: progress("weights", done / max(1, all_)),
         )
         self._progress = progress
+        self._kv_cache: torch.Tensor | None = None
         self._steps: Steps | None = None
         self._gpu: Gpu | None = None
         on_gpu = self.device.type == "cuda"
@@ -140,15 +145,20 @@ class Runner:
 
     @property
     def kv_shape(self) -> memory_plan.KvShape:
-        """What the memory plan needs to know of the model."""
+        """What the memory plan needs to know of a group of layers."""
         spec = self.spec
         return memory_plan.KvShape(
-            spec.num_layers, spec.num_kv_heads, spec.head_dim, self.dtype_name
+            self._layout.layers_per_group, spec.num_kv_heads, spec.head_dim, self.dtype_name
         )
 
     @property
+    def kv_windows(self) -> tuple[int | None, ...]:
+        """The windows of the groups of layers; None for one that keeps everything."""
+        return self._layout.windows
+
+    @property
     def kv_bytes_per_block(self) -> int:
-        """Bytes of one KV block across all layers."""
+        """Bytes of one KV block across the layers of a group."""
         return memory_plan.kv_bytes_per_block(self.kv_shape, self.block_size)
 
     def free_memory_for_kv(self, gpu_memory_utilization: float) -> int:
@@ -164,7 +174,8 @@ class Runner:
         spec = self.spec
         self._progress("cache", 0.0)
         shape = (
-            spec.num_layers, 2, num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim
+            self._layout.layers_per_group, 2, num_blocks, self.block_size, spec.num_kv_heads,
+            spec.head_dim,
         )  # fmt: skip
         try:
             kv_cache = _zeros(shape, _DTYPES[self.dtype_name], self.device)
@@ -174,11 +185,33 @@ class Runner:
                 f"a KV pool of {num_blocks} blocks ({size:.2f} GiB) cannot be allocated on "
                 f"{self.device}; set --num-kv-blocks lower"
             ) from error
+        self._kv_cache = kv_cache
         if self._gpu is not None:
             self._steps = self._gpu.steps(kv_cache, self.eos_token_ids, self._seed)
         else:
-            self._steps = EagerSteps(self._decoder, kv_cache, self.eos_token_ids, self._seed)
+            self._steps = EagerSteps(
+                self._decoder, kv_cache, len(self.kv_windows), self.eos_token_ids, self._seed
+            )
         self._progress("cache", 1.0)
+
+    def allocate_swap(self, num_blocks: int) -> float:
+        """Make room for so many blocks in host memory; return the seconds that copying one takes.
+
+        After `allocate_kv`. On a CPU memory is taken as blocks are first written, on a GPU at once.
+        """
+        if self._kv_cache is None or self._steps is None:
+            raise RuntimeError("allocate_kv comes before allocate_swap")
+        needed, free = num_blocks * self.kv_bytes_per_block, available_host_bytes()
+        try:
+            if needed > free:
+                raise MemoryError
+            self._steps.host_blocks = HostBlocks(self._kv_cache, num_blocks)
+        except (RuntimeError, MemoryError) as error:
+            raise DoesNotFitError(
+                f"--swap-space takes {needed / memory_plan.GIB:.2f} GiB of host memory and "
+                f"{free / memory_plan.GIB:.2f} GiB are free; set it lower, or give the pod more"
+            ) from error
+        return self._steps.host_blocks.seconds_per_block()
 
     def submit(self, plan: StepPlan) -> Step:
         """Start a step and return at once, as far as the device allows."""

@@ -18,8 +18,8 @@ from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits
 from octavo.core.scheduler import Scheduler
-from octavo.core.sequence import blocks_for
 from octavo.core.step import StepPlan, StepResult
+from octavo.core.swap import SwapSpace
 from octavo.engine.locate import locate
 from octavo.engine.loop import EngineLoop, RunnerError
 from octavo.engine.memory import available_host_bytes
@@ -35,12 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 class ModelRunner(Protocol):
-    """What the engine needs of a loaded model. `kv_bytes_per_block` counts all layers."""
+    """What the engine needs of a loaded model.
+
+    `kv_bytes_per_block` counts the layers of a group, and `kv_windows` are the groups' windows.
+    """
 
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     kv_bytes_per_block: int
+    kv_windows: tuple[int | None, ...]
     device: object
     dtype_name: str
 
@@ -50,6 +54,13 @@ class ModelRunner(Protocol):
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Make the cache; `num_blocks` includes the null block 0."""
+        ...
+
+    def allocate_swap(self, num_blocks: int) -> float:
+        """Make room for so many blocks in host memory; return the seconds to copy one.
+
+        `num_blocks` includes the null block 0.
+        """
         ...
 
     def submit(self, plan: StepPlan) -> Any:
@@ -136,12 +147,13 @@ def start(
         deterministic=config.deterministic,
     )
     report("cache", 0)
-    num_blocks = size_pool(config, runner)
+    limits = _limits(config, runner)
+    num_blocks = size_pool(config, runner, limits)
     runner.allocate_kv(num_blocks + 1)
     report("warmup", 0)
-    limits = _limits(config, runner)
     warm_up(runner, limits, num_blocks)
-    scheduler = _scheduler(limits, num_blocks, config.scheduling_policy)
+    swap = _swap_space(config, runner)
+    scheduler = _scheduler(limits, num_blocks, config.scheduling_policy, swap)
     ready = wire.Ready(
         max_model_len=scheduler.max_len,
         vocab_size=runner.vocab_size,
@@ -185,7 +197,7 @@ def _load_attribute(spec: str) -> Callable[..., ModelRunner]:
     return attribute
 
 
-def size_pool(config: EngineConfig, runner: ModelRunner) -> int:
+def size_pool(config: EngineConfig, runner: ModelRunner, limits: Limits) -> int:
     """Usable KV blocks: as many as asked for, else as memory gives and the batch can use."""
     size = runner.kv_bytes_per_block
     if config.num_kv_blocks is not None:
@@ -198,13 +210,13 @@ def size_pool(config: EngineConfig, runner: ModelRunner) -> int:
         return asked
     free = runner.free_memory_for_kv(config.gpu_memory_utilization)
     fit = free // size - 1
-    each = blocks_for(runner.max_model_len, config.block_size)
+    each = limits.kv.blocks([limits.max_model_len], chunk=limits.max_num_batched_tokens)
     if fit < each:
         raise DoesNotFitError(
             f"the KV cache of one sequence of {runner.max_model_len} tokens needs "
             f"{each * size // _MIB} MiB and {max(0, free) // _MIB} MiB are free; set "
-            f"--max-model-len to at most {max(0, fit) * config.block_size}, or give more memory "
-            "(--gpu-memory-utilization, the pod's memory limit)"
+            f"--max-model-len to at most {max(0, limits.longest(max(0, fit)))}, or give more "
+            "memory (--gpu-memory-utilization, the pod's memory limit)"
         )
     # Without a prefix cache, blocks beyond the largest batch would never be used.
     return fit if config.enable_prefix_caching else min(fit, each * config.max_num_seqs)
@@ -221,11 +233,28 @@ def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
         vocab_size=runner.vocab_size,
         eos_token_ids=frozenset(runner.eos_token_ids),
         enable_prefix_caching=config.enable_prefix_caching,
+        kv_windows=runner.kv_windows,
     )
 
 
-def _scheduler(limits: Limits, num_blocks: int, policy: str) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks), PolicyFactory.get_policy(policy), limits)
+def _scheduler(
+    limits: Limits, num_blocks: int, policy: str, swap: SwapSpace | None = None
+) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks), PolicyFactory.get_policy(policy), limits, swap)
+
+
+def _swap_space(config: EngineConfig, runner: ModelRunner) -> SwapSpace | None:
+    """As many blocks of host memory as were asked for; None where none were."""
+    if not config.swap_space:
+        return None
+    size = runner.kv_bytes_per_block
+    blocks = int(config.swap_space * 2**30) // size - 1  # one is the null block
+    if blocks < 1:
+        raise ConfigError(
+            f"--swap-space {config.swap_space:g} is {config.swap_space * 1024:g} MiB, less than "
+            f"two KV blocks of {size / _MIB:g} MiB each; give more, or 0 for none"
+        )
+    return SwapSpace(blocks, runner.allocate_swap(blocks + 1))
 
 
 def warm_up(runner: ModelRunner, limits: Limits, num_blocks: int) -> None:

@@ -53,7 +53,7 @@ class Workspace:
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.attention = ops.attention_work(
             max_seqs=layout.max_rows,
-            max_seq_len=layout.table_width * block_size,
+            max_seq_len=layout.table_width // layout.groups * block_size,
             heads=spec.num_heads,
             kv_heads=spec.num_kv_heads,
             dim=spec.head_dim,
@@ -83,9 +83,11 @@ def _buffers(layout: StateLayout, device: torch.device) -> StepBuffers:
     return StepBuffers(
         token_ids=zeros(tokens, dtype=torch.int64),
         positions=zeros(tokens, dtype=torch.int64),
-        slots=zeros(1, tokens, dtype=torch.int64),
+        slots=zeros(layout.groups, tokens, dtype=torch.int64),
         seq_lens=zeros(rows, dtype=torch.int32),
-        block_tables=zeros(1, rows, layout.table_width, dtype=torch.int32),
+        block_tables=zeros(
+            layout.groups, rows, layout.table_width // layout.groups, dtype=torch.int32
+        ),
         temperature=zeros(rows, dtype=torch.float32),
         top_k=zeros(rows, dtype=torch.int32),
         top_p=zeros(rows, dtype=torch.float32),

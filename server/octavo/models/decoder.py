@@ -30,19 +30,20 @@ FEW_ROWS = 16
 class Batch:
     """The tokens of one step, of all its sequences one after another.
 
-    `slots` says where each token's key and value are stored. `query_start` (one entry more than
-    sequences) delimits the sequences; `seq_lens` counts their tokens, cached ones included.
-    `logit_rows` names the tokens whose logits are wanted, None all of them. The first `num_decodes`
-    sequences have one token each, none has more than `max_query_len`; 0 and None say that nothing
-    is known. `attention_work` was planned for these sequences.
+    `block_tables` and `slots` have a tensor for each group of layers (`kv_layout.KvLayout`); a slot
+    says where a token's key and value are stored in the group's layers. `query_start` (one entry
+    more than sequences) delimits the sequences; `seq_lens` counts their tokens, cached ones
+    included. `logit_rows` names the tokens whose logits are wanted, None all of them. The first
+    `num_decodes` sequences have one token each, none has more than `max_query_len`; 0 and None say
+    that nothing is known. `attention_work` was planned for these sequences.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor
+    slots: tuple[torch.Tensor, ...]
     query_start: torch.Tensor
     seq_lens: torch.Tensor
-    block_tables: torch.Tensor
+    block_tables: tuple[torch.Tensor, ...]
     logit_rows: torch.Tensor | None
     num_decodes: int = 0
     max_query_len: int | None = None
@@ -50,13 +51,17 @@ class Batch:
 
 
 class Decoder:
-    """A decoder-only model. Query, key and value share one matrix, so do gate and up."""
+    """A decoder-only model. Query, key and value share one matrix, so do gate and up.
+
+    `max_positions` bounds the length of all sequences, and so decides the layout of the KV cache.
+    """
 
     def __init__(
         self, spec: DecoderSpec, parameters: Parameters, *, max_positions: int, device: torch.device
     ) -> None:
         self.spec = spec
         self.parameters = parameters
+        self.layout = spec.kv_layout(max_positions)
         self._rope_tables = {
             rope: rope_table(rope, spec.rotary_dim, max_positions).to(device)
             for rope in {layer.rope for layer in spec.layers}
@@ -80,7 +85,7 @@ class Decoder:
 
     def hidden(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """The last layer's normed output of `batch.logit_rows`. Keys and values of the batch go to
-        `kv_cache`, which is [layers, 2, blocks, block_size, kv_heads, head_dim].
+        `kv_cache`, which is [layers of a group, 2, blocks, block_size, kv_heads, head_dim].
 
         `residual` is the sum of what all layers before gave; `x` is what was given last and is
         added to it by the norm that comes next, in one pass.
@@ -91,10 +96,10 @@ class Decoder:
         for i, layer in enumerate(spec.layers):
             at = f"layers.{i}."
             if few:
-                self._few_rows_layer(i, layer, residual, batch, kv_cache[i])
+                self._few_rows_layer(i, layer, residual, batch, kv_cache)
                 continue
             normed = self._add_norm(at + "input_norm", x, residual)
-            x = self._attention(i, layer, normed, batch, kv_cache[i])
+            x = self._attention(i, layer, normed, batch, kv_cache)
             if spec.placement == "parallel":
                 aside = normed if spec.shared_norm else self._norm(at + "mlp_norm", residual)
                 x = x + self._mlp(at, layer, aside)
@@ -155,6 +160,8 @@ class Decoder:
     ) -> torch.Tensor:
         """Store the keys and values of a fused projection; what its queries find."""
         spec, at = self.spec, f"layers.{index}."
+        group, plane = self.layout.places[index]
+        keys, values = kv_cache[plane]
         rotation = None
         if layer.rope is not None:
             table = self._rope_tables[layer.rope]
@@ -165,12 +172,13 @@ class Decoder:
             norm = ops.HeadNorm(*weights, spec.norm_eps, spec.norm_offset)
         elif spec.qk_norm != "none":
             self._norm_queries_and_keys(at, qkv)
-        query = ops.qk_norm_rope_write(qkv, kv_cache[0], kv_cache[1], batch.slots, norm, rotation)
+        slots = batch.slots[group]
+        query = ops.qk_norm_rope_write(qkv, keys, values, slots, norm, rotation)
         mixed = ops.paged_attention(
             query,
-            kv_cache[0],
-            kv_cache[1],
-            batch.block_tables,
+            keys,
+            values,
+            batch.block_tables[group],
             batch.query_start,
             batch.seq_lens,
             spec.attention_scale,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from octavo.kv_layout import KvLayout, kv_layout
+
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -109,6 +111,10 @@ class DecoderSpec:
     def num_layers(self) -> int:
         """Layers, each with an attention and so with a share of the KV cache."""
         return len(self.layers)
+
+    def kv_layout(self, max_model_len: int) -> KvLayout:
+        """How the layers share the blocks of the KV cache, for sequences up to that length."""
+        return kv_layout([layer.window for layer in self.layers], max_model_len)
 
     @property
     def query_size(self) -> int:

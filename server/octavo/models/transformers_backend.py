@@ -213,14 +213,14 @@ def _attention(
     step.layers.add(layer)
     batch, cache = step.batch, step.kv_cache[layer]
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    ops.write_kv(k, v, cache[0], cache[1], batch.slots)
+    ops.write_kv(k, v, cache[0], cache[1], batch.slots[0])
     sinks = more.get("s_aux")
     scale = more.get("scaling")
     mixed = ops.paged_attention(
         q,
         cache[0],
         cache[1],
-        batch.block_tables,
+        batch.block_tables[0],
         batch.query_start,
         batch.seq_lens,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -251,9 +251,9 @@ def _test_batch(
     return Batch(
         token_ids=torch.cat((tokens[:11][positions[0]], tokens[11:][positions[1]])),
         positions=to(torch.cat(positions)),
-        slots=to(torch.cat(slots)),
+        slots=(to(torch.cat(slots)),),
         query_start=to(counts),
         seq_lens=to(torch.tensor(end, dtype=torch.int32)),
-        block_tables=to(tables),
+        block_tables=(to(tables),),
         logit_rows=to(torch.arange(int(counts[-1]))),
     )
