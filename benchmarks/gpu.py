@@ -17,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ from octavo.bench.limits import Ceilings, least_seconds
 from octavo.bench.workloads import SHAPES, WORKLOADS, draw
 
 HERE = Path(__file__).resolve().parent
-# A start of a peer with compilation takes two minutes.
-TIMEOUT_S = 580
 # What of a workload is the figure: tokens that come out, but of long prompts those that go in.
 FIGURE = {"prefill": "in_tok_s"}
 
@@ -42,49 +41,36 @@ def command(engine: str, shape: str, loads: list[str], max_num_seqs: int) -> lis
     return [sys.executable, str(peer), shape, ",".join(loads), str(max_num_seqs)]
 
 
-def run(words: list[str], site: str | None) -> list[dict[str, Any]]:
-    """The JSON lines that a command printed; its other output passes through."""
+def run(words: list[str], site: str | None) -> Iterator[dict[str, Any]]:
+    """The JSON lines that a command prints, as they come; what else it says only if it fails."""
     env = dict(os.environ)
     if site:
         env["PYTHONPATH"] = site + os.pathsep + env.get("PYTHONPATH", "")
-    begin = time.perf_counter()
-    done = subprocess.run(
-        words, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode:
-        print(done.stdout[-1500:], done.stderr[-3000:], sep="\n", file=sys.stderr)
-        rows.append({"metric": "failed", "exit_code": done.returncode})
-    rows.append({"metric": "process", "s": round(time.perf_counter() - begin, 2)})
-    return rows
+    begin, said = time.perf_counter(), deque[str](maxlen=60)
+    with subprocess.Popen(
+        words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            if line.startswith("{"):
+                yield json.loads(line)
+            else:
+                said.append(line)
+    if process.returncode:
+        print("".join(said), file=sys.stderr)
+        yield {"metric": "failed", "exit_code": process.returncode}
+    yield {"metric": "process", "s": round(time.perf_counter() - begin, 2)}
 
 
-def measurements(
-    rows: list[dict[str, Any]], shape: str, ceilings: Ceilings
-) -> list[dict[str, Any]]:
-    """One row a measurement, each beside what the machine would allow."""
-    found = []
-    for row in rows:
-        if row["metric"] != "offline":
-            found.append({"metric": row["metric"], "value": row.get("s"), "detail": row})
-            continue
-        requests = draw(row["load"], SHAPES[shape]["vocab_size"])
-        if row["requests"] != len(requests):
-            continue
-        figure = FIGURE.get(row["load"], "out_tok_s")
-        least = least_seconds(SHAPES[shape], requests, ceilings)
-        limit = row[figure] * row["s"] / least
-        found.append(
-            {
-                "load": row["load"],
-                "rep": row["rep"],
-                "metric": figure,
-                "value": row[figure],
-                "limit": round(limit, 1),
-                "share": round(row[figure] / limit, 4),
-                "digest": row["digest"],
-            }
-        )
+def measurement(row: dict[str, Any], shape: str, ceilings: Ceilings) -> dict[str, Any]:
+    """What a line says, beside what the machine would allow."""
+    if row["metric"] != "offline":
+        return {"metric": row["metric"], "value": row.get("s"), "detail": row}
+    requests = draw(row["load"], SHAPES[shape]["vocab_size"])
+    figure = FIGURE.get(row["load"], "out_tok_s")
+    limit = row[figure] * row["s"] / least_seconds(SHAPES[shape], requests, ceilings)
+    found = {name: row[name] for name in ("load", "rep", "digest", "s")}
+    share = round(row[figure] / limit, 4)
+    found |= {"metric": figure, "value": row[figure], "limit": round(limit, 1), "share": share}
     return found
 
 
@@ -137,25 +123,24 @@ def main() -> None:
         machine = measure_ceilings()
         ceilings = Ceilings(machine["copy_TB_s"] * 1e12, machine["bf16_TFLOP_s"] * 1e12)
         stamp = {"sitting": args.sitting, "device": machine["device"], "commit": args.commit}
-        append(args.out, [stamp | {"metric": "ceilings", "detail": machine}])
+        append(args.out, stamp | {"metric": "ceilings", "detail": machine})
         for shape in args.shape or list(SHAPES):
             for engine in args.engine:
                 loads = args.load or ["sharegpt", "single", "prefill"]
                 words = command(engine, shape, loads, args.max_num_seqs)
-                rows = run(words, None if engine == "octavo" else args.site)
-                version = next((row["version"] for row in rows if "version" in row), None)
-                own = {"engine": engine, "version": version, "shape": shape}
-                append(args.out, [stamp | own | m for m in measurements(rows, shape, ceilings)])
+                own = {"engine": engine, "version": None, "shape": shape}
+                for row in run(words, None if engine == "octavo" else args.site):
+                    own["version"] = row.get("version", own["version"])
+                    append(args.out, stamp | own | measurement(row, shape, ceilings))
     if args.table:
         print(table([json.loads(line) for line in args.out.read_text().splitlines()]))
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
+def append(path: Path, row: dict[str, Any]) -> None:
+    line = json.dumps(row)
+    print(line, flush=True)
     with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            line = json.dumps(row)
-            print(line, flush=True)
-            file.write(line + "\n")
+        file.write(line + "\n")
 
 
 if __name__ == "__main__":
