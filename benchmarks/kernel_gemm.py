@@ -13,7 +13,7 @@ from octavo.bench.workloads import SHAPES
 from octavo_kernels import _cuda, cuda_gemm, ops
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 2048)
-FUSED_ROWS = (1, 2, 4)
+FUSED_ROWS = (1, 2, 4, 8)
 DETERMINISTIC_ROWS = (1, 16, 64, 256)
 # Milliseconds for one row that are to be met on a GPU that copies at 4.3 TB/s.
 BARS, BARS_AT = {"llama-8b": 3.70, "qwen3-0.6b": 0.53}, 4.28e12
@@ -81,14 +81,17 @@ def step(model: Model, rows: int, product: Callable[..., object]) -> Callable[[]
     return run
 
 
-def fused_step(model: Model, residual: torch.Tensor) -> torch.Tensor:
+def fused_step(
+    model: Model, norm: ops.Norm, residual: torch.Tensor, ahead: bool = True
+) -> torch.Tensor:
     """A step as the decoder makes it, but for attention: each product needs the one before."""
-    norm = ops.Norm(torch.ones_like(residual[0]), 1e-6)
-    for qkv, output, gate_up, down in model.layers:
-        mixed = ops.linear(residual, qkv, norm=norm)[:, : model.query_size]
-        ops.linear_add(mixed, output, residual)
-        inner = ops.gated_linear(residual, gate_up, "silu", norm=norm)
-        ops.linear_add(inner, down, residual)
+    following = [layer[0] for layer in model.layers[1:]] + [None]
+    for (qkv, output, gate_up, down), after in zip(model.layers, following, strict=True):
+        then = (output, gate_up, down, after) if ahead else (None,) * 4
+        mixed = ops.linear(residual, qkv, norm=norm, ahead=then[0])[:, : model.query_size]
+        ops.linear_add(mixed, output, residual, ahead=then[1])
+        inner = ops.gated_linear(residual, gate_up, "silu", norm=norm, ahead=then[2])
+        ops.linear_add(inner, down, residual, ahead=then[3])
     return ops.linear(residual, model.head, norm=norm)
 
 
@@ -96,9 +99,11 @@ def relative_error(model: Model, rows: int) -> float:
     """Distance of the first layers' result from torch's, the worst of single and fused products."""
     part = Model(model.name, model.query_size, model.layers[:2], model.head[:4096])
     start = torch.randn(rows, model.head.shape[1], device="cuda", dtype=torch.bfloat16)
-    got = fused_step(part, start.clone()).double()
+    norm = ops.Norm(torch.ones_like(start[0]), 1e-6)
+    torch.cuda.synchronize()
+    got = fused_step(part, norm, start.clone()).double()
     with ops.forced("reference"):
-        right = fused_step(part, start.clone()).double()
+        right = fused_step(part, norm, start.clone()).double()
     worst = float((got - right).norm() / right.norm())
     for weight in (*model.layers[0], model.head):
         x = torch.randn(rows, weight.shape[1], device="cuda", dtype=torch.bfloat16)
@@ -146,8 +151,12 @@ def row_of(model: Model, rows: int, machine: Machine) -> dict[str, object]:
         row |= {"bar_ms": round(bar, 3), "met": ours * 1e3 <= bar}
     if rows in FUSED_ROWS:
         residual = torch.randn(rows, model.head.shape[1], device="cuda", dtype=torch.bfloat16)
-        fused = graph_seconds([lambda: fused_step(model, residual)])
-        row |= {"fused_ms": round(fused * 1e3, 4)}
+        norm = ops.Norm(torch.ones_like(residual[0]), 1e-6)
+        fused, apart = (
+            graph_seconds([lambda ahead=ahead: fused_step(model, norm, residual, ahead)])  # type: ignore[misc]
+            for ahead in (True, False)
+        )
+        row |= {"fused_ms": round(fused * 1e3, 4), "without_ahead_ms": round(apart * 1e3, 4)}
     if rows in DETERMINISTIC_ROWS:
         row |= {"deterministic_ms": round(deterministic_seconds(model, rows) * 1e3, 4)}
     if rows <= 16:
@@ -157,23 +166,16 @@ def row_of(model: Model, rows: int, machine: Machine) -> dict[str, object]:
 
 def sweep_of(model: Model, machine: Machine) -> Iterator[dict[str, object]]:
     """Shared memory of a block (so what is in flight), and kernels that overlap or do not."""
-    outs = {n: torch.empty(16, n, device="cuda", dtype=torch.bfloat16)
-            for n in {weight.shape[0] for weight in model.weights}}  # fmt: skip
     for rows in (1, 8, 16):
         for limit in SHARED_LIMITS:
             for overlap in (True, False):
-
-                def product(
-                    x: torch.Tensor, w: torch.Tensor, rows: int = rows, limit: int = limit
-                ) -> None:
-                    out = outs[w.shape[0]][:rows]
-                    cuda_gemm.skinny_gemm(x, w, None, out, shared_limit=limit)
-
                 _cuda.set_overlap(overlap)
+                cuda_gemm.shared_limit = limit
                 try:
-                    each = graph_seconds([step(model, rows, product)])
+                    each = graph_seconds([step(model, rows, ops.linear)])
                 finally:
                     _cuda.set_overlap(True)
+                    cuda_gemm.shared_limit = 0
                 yield {
                     "shape": model.name,
                     "rows": rows,

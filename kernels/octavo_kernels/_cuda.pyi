@@ -16,6 +16,8 @@ def skinny_gemm(
     k: int,
     epilogue: int,
     function: int,
+    ahead: int,
+    ahead_bytes: int,
     shared_limit: int,
     stream: int,
 ) -> None: ...

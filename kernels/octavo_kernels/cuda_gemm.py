@@ -15,6 +15,10 @@ from octavo_kernels.reference import Function, Norm
 # In the order of skinny_gemm.h's Epilogue.
 _STORE, _ADD, _GATED = range(3)
 _ALIGNMENT = 16  # bytes
+# Of a weight that the next product reads: more would push out of the L2 cache what is needed first.
+_AHEAD_BYTES = 24 * 2**20
+# Bytes of shared memory that a block may take; 0: the kernel's choice. Measurements set it.
+shared_limit = 0
 
 
 def linear(
@@ -22,6 +26,7 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     norm: Norm | None,
+    ahead: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     if norm is not None and not _skinny_serves(x, weight, norm):
@@ -35,7 +40,7 @@ def linear(
         return functional.linear(x, weight, bias) if result is None else result
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0]))
-    skinny_gemm(x, weight, bias, out, norm=norm)
+    skinny_gemm(x, weight, bias, out, norm=norm, ahead=ahead)
     return out
 
 
@@ -45,20 +50,25 @@ def gated_linear(
     function: Function,
     bias: torch.Tensor | None,
     norm: Norm | None,
+    ahead: torch.Tensor | None,
 ) -> torch.Tensor:
     if not _skinny_serves(x, weight, norm):
         raise Unfused
     out = x.new_empty((x.shape[0], weight.shape[0] // 2))
-    skinny_gemm(x, weight, bias, out, norm=norm, epilogue=_GATED, function=function)
+    skinny_gemm(x, weight, bias, out, norm=norm, epilogue=_GATED, function=function, ahead=ahead)
     return out
 
 
 def linear_add(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    bias: torch.Tensor | None,
+    ahead: torch.Tensor | None,
 ) -> None:
     if not _skinny_serves(x, weight, None):
         raise Unfused
-    skinny_gemm(x, weight, bias, residual, epilogue=_ADD)
+    skinny_gemm(x, weight, bias, residual, epilogue=_ADD, ahead=ahead)
 
 
 def skinny_gemm(
@@ -70,9 +80,12 @@ def skinny_gemm(
     norm: Norm | None = None,
     epilogue: int = _STORE,
     function: Function = "silu",
-    shared_limit: int = 0,
+    ahead: torch.Tensor | None = None,
 ) -> None:
-    """One launch of the kernel; `shared_limit` is for measurements, see `skinny_gemm.h`."""
+    """One launch of the kernel, see `skinny_gemm.h`."""
+    ahead_bytes = 0
+    if ahead is not None and ahead.nbytes <= _AHEAD_BYTES and ahead.data_ptr() % _ALIGNMENT == 0:
+        ahead_bytes = ahead.nbytes
     _cuda.skinny_gemm(
         dtype=type_code("skinny_gemm", x),
         x=x.data_ptr(),
@@ -88,6 +101,8 @@ def skinny_gemm(
         k=x.shape[1],
         epilogue=epilogue,
         function=FUNCTIONS.index(function),
+        ahead=address(ahead) if ahead_bytes else 0,
+        ahead_bytes=ahead_bytes,
         shared_limit=shared_limit,
         stream=torch.cuda.current_stream(x.device).cuda_stream,
     )

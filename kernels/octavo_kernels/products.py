@@ -1,7 +1,9 @@
 """Products with a weight matrix, and what decoders do right before and after them.
 
 `weight` is [n, k], as in torch.nn.Linear. On a GPU a product of few rows reads the weight ahead,
-while kernels before it still run: nothing in flight on the stream may be writing it.
+while kernels before it still run: nothing in flight on the stream may be writing it. `ahead` is
+the weight that the next product reads: where it is small, it is brought to the GPU's cache
+meanwhile.
 """
 
 from __future__ import annotations
@@ -47,12 +49,13 @@ def linear(
     bias: torch.Tensor | None = None,
     norm: Norm | None = None,
     *,
+    ahead: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """norm(x) · weight^T + bias, [rows, n], in `out` where one is given."""
     given = [] if out is None else [Arg("out", out, "rows n")]
     _match("linear", x, weight, bias, norm, *given)
-    result: torch.Tensor = run("linear", x, x, weight, bias, norm, out, composed=_linear)
+    result: torch.Tensor = run("linear", x, x, weight, bias, norm, ahead, out, composed=_linear)
     return result
 
 
@@ -62,12 +65,14 @@ def gated_linear(
     function: Function,
     bias: torch.Tensor | None = None,
     norm: Norm | None = None,
+    *,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """function(left half) * right half of norm(x) · weight^T + bias, [rows, n / 2]."""
     size = _match("gated_linear", x, weight, bias, norm)
     if size["n"] % 2 != 0:
         raise ValueError(f"gated_linear: weight has {size['n']} rows, which are not two halves")
-    args = (x, weight, function, bias, norm)
+    args = (x, weight, function, bias, norm, ahead)
     out: torch.Tensor = run("gated_linear", x, *args, composed=_gated_linear)
     return out
 
@@ -77,10 +82,12 @@ def linear_add(
     weight: torch.Tensor,
     residual: torch.Tensor,
     bias: torch.Tensor | None = None,
+    *,
+    ahead: torch.Tensor | None = None,
 ) -> None:
     """Add x · weight^T + bias to `residual` [rows, n], in place."""
     _match("linear_add", x, weight, bias, None, Arg("residual", residual, "rows n"))
-    run("linear_add", x, x, weight, residual, bias, composed=_linear_add)
+    run("linear_add", x, x, weight, residual, bias, ahead, composed=_linear_add)
 
 
 def _match(
@@ -104,11 +111,11 @@ def _linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     norm: Norm | None,
+    ahead: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     if norm is not None:
-        args = (x.contiguous(), norm.weight, norm.eps, None, norm.offset)
-        return linear(run("rms_norm", x, *args), weight, bias, out=out)
+        return linear(_normed(x, norm), weight, bias, ahead=ahead, out=out)
     if out is None:
         return functional.linear(x, weight, bias)
     torch.mm(x, weight.t(), out=out)
@@ -121,12 +128,24 @@ def _gated_linear(
     function: Function,
     bias: torch.Tensor | None,
     norm: Norm | None,
+    ahead: torch.Tensor | None,
 ) -> torch.Tensor:
-    out: torch.Tensor = run("act_and_mul", x, linear(x, weight, bias, norm), function)
+    if norm is not None:
+        return gated_linear(_normed(x, norm), weight, function, bias, ahead=ahead)
+    out: torch.Tensor = run("act_and_mul", x, linear(x, weight, bias, ahead=ahead), function)
     return out
 
 
 def _linear_add(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    bias: torch.Tensor | None,
+    ahead: torch.Tensor | None,
 ) -> None:
-    residual += linear(x, weight, bias)
+    residual += linear(x, weight, bias, ahead=ahead)
+
+
+def _normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    out: torch.Tensor = run("rms_norm", x, x.contiguous(), norm.weight, norm.eps, None, norm.offset)
+    return out

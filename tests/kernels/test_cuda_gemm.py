@@ -64,7 +64,7 @@ def test_linear(n, k, rows, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "k"), [(1, 8192), (2, 4096), (3, 2048), (7, 1000), (8, 1024)])
+@pytest.mark.parametrize(("rows", "k"), [(1, 16384), (2, 8192), (3, 4096), (7, 2000), (16, 1024)])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_linear_with_norm(rows, k, offset, dtype) -> None:
     x, w = normal(rows, k, dtype=dtype, scale=3), weight(300, k, dtype)
@@ -114,6 +114,21 @@ def test_a_ring_that_goes_round_gives_the_same_bits_every_time(rows, dtype) -> N
     for _ in range(100):
         x.double() @ w[:64].double().T  # another kernel before, which changes the timing
         assert torch.equal(ops.linear(x, w), first)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1024, 5000])
+def test_what_is_brought_nearer_changes_nothing(n) -> None:
+    x, w = normal(2, 1024, dtype=torch.bfloat16), weight(1024, 1024, torch.bfloat16)
+    ahead = weight(n, 1032, torch.bfloat16, seed=7)
+    before = ahead.clone()
+    residual = normal(2, 1024, dtype=torch.bfloat16, seed=8)
+    wanted = residual.clone()
+    assert torch.equal(ops.linear(x, w, ahead=ahead), ops.linear(x, w))
+    assert torch.equal(ops.gated_linear(x, w, "silu", ahead=ahead), ops.gated_linear(x, w, "silu"))
+    ops.linear_add(x, w, residual, ahead=ahead)
+    ops.linear_add(x, w, wanted)
+    assert torch.equal(residual, wanted)
+    assert torch.equal(ahead, before)
 
 
 def test_x_may_be_columns_of_something_wider() -> None:

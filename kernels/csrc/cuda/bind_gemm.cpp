@@ -15,7 +15,8 @@ cudaStream_t on(Address stream) { return reinterpret_cast<cudaStream_t>(stream);
 
 void skinny(int dtype, Address x, int64_t x_stride, Address norm_weight, float norm_eps,
             float norm_offset, Address w, Address bias, Address out, int64_t rows, int64_t n,
-            int64_t k, int epilogue, int function, int64_t shared_limit, Address stream) {
+            int64_t k, int epilogue, int function, Address ahead, int64_t ahead_bytes,
+            int64_t shared_limit, Address stream) {
   SkinnyGemm gemm{};
   gemm.dtype = DType(dtype);
   gemm.x = pointer(x);
@@ -31,6 +32,8 @@ void skinny(int dtype, Address x, int64_t x_stride, Address norm_weight, float n
   gemm.k = k;
   gemm.epilogue = Epilogue(epilogue);
   gemm.function = Function(function);
+  gemm.ahead = pointer(ahead);
+  gemm.ahead_bytes = ahead_bytes;
   gemm.shared_limit = shared_limit;
   skinny_gemm(gemm, on(stream));
 }
@@ -42,7 +45,7 @@ void bind_gemm(py::module_& m) {
   using py::operator""_a;
   m.def("skinny_gemm", &skinny, named, "dtype"_a, "x"_a, "x_stride"_a, "norm_weight"_a,
         "norm_eps"_a, "norm_offset"_a, "w"_a, "bias"_a, "out"_a, "rows"_a, "n"_a, "k"_a,
-        "epilogue"_a, "function"_a, "shared_limit"_a, "stream"_a);
+        "epilogue"_a, "function"_a, "ahead"_a, "ahead_bytes"_a, "shared_limit"_a, "stream"_a);
   m.def("skinny_gemm_serves", &skinny_gemm_serves, "rows"_a, "k"_a, "norm"_a,
         "Whether there is a kernel for these sizes.");
 }

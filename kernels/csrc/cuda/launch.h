@@ -40,21 +40,25 @@ inline bool& overlap() {
 
 // Launch on the stream; `shared` is dynamic shared memory in bytes. Above 48 KiB the kernel must
 // have been allowed it, see allow_shared(). A grid with no blocks is no work. Devices before
-// compute capability 9.0 ignore the attribute.
+// compute capability 9.0 ignore the second attribute. By the first all kernels divide a
+// multiprocessor's memory alike, for the most shared memory: one that must divide it anew waits
+// until nothing runs there, and kernels would not overlap.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
             cudaStream_t stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  attributes[0].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = overlap() ? 2 : 1;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
 }
 

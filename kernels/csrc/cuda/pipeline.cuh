@@ -115,6 +115,24 @@ __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t to_stride, const
 #endif
 }
 
+// One warp asks for `bytes` (a multiple of 16, from such an address) to be brought to the L2 cache.
+__device__ __forceinline__ void prefetch(const char* from, int64_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int kEach = 8192;
+#else
+  constexpr int kEach = 128;
+#endif
+  for (int64_t at = threadIdx.x % 32 * kEach; at < bytes; at += 32 * kEach) {
+#if __CUDA_ARCH__ >= 900
+    const uint32_t size = bytes - at < kEach ? uint32_t(bytes - at) : kEach;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"(size)
+                 : "memory");
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
+#endif
+  }
+}
+
 // A barrier among the first `threads` threads of a block that has others.
 __device__ __forceinline__ void sync_first(int threads) {
   asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");

@@ -24,13 +24,15 @@ struct SkinnyGemm {
   int64_t x_stride;
   const void* norm_weight;  // [k] or null: x's rows are RMS-normed first
   float norm_eps;
-  float norm_offset;        // added to norm_weight; where it is not 0, the product is rounded only once
+  float norm_offset;        // added to norm_weight; where it is not 0, rounded only once
   const void* w;            // [n, k]; no kernel in flight may write it: it is read ahead
   const void* bias;         // [n] or null
   void* out;
   int64_t rows, n, k;
   Epilogue epilogue;
   Function function;        // of kGated
+  const void* ahead;        // what the next product reads, or null: brought to the L2 cache once
+  int64_t ahead_bytes;      // all of w is on its way; a multiple of 16
   int64_t shared_limit;     // bytes of shared memory a block may take; 0: half of what there is
 };
 

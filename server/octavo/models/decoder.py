@@ -132,7 +132,9 @@ class Decoder:
         batch: Batch,
         kv_cache: torch.Tensor,
     ) -> None:
-        """A plain layer in six kernels; `residual` becomes the layer's output."""
+        """A plain layer in six kernels; `residual` becomes the layer's output. Each product has the
+        next one's weight brought nearer.
+        """
         at, p = f"layers.{index}.", self.parameters
 
         def norm(name: str) -> ops.Norm:
@@ -141,12 +143,15 @@ class Decoder:
         def bias(name: str) -> torch.Tensor | None:
             return p.get(f"{at}{name}.bias")
 
-        qkv = ops.linear(residual, p[at + "qkv"], bias("qkv"), norm("input_norm"))
+        output, gate_up, down = p[at + "output"], p[at + "gate_up"], p[at + "down"]
+        next_qkv = p.get(f"layers.{index + 1}.qkv")
+        qkv = ops.linear(residual, p[at + "qkv"], bias("qkv"), norm("input_norm"), ahead=output)
         mixed = self._mix(index, layer, qkv, batch, kv_cache)
-        ops.linear_add(mixed, p[at + "output"], residual, bias("output"))
-        function, gate_up = self.spec.activation, p[at + "gate_up"]
-        inner = ops.gated_linear(residual, gate_up, function, bias("gate_up"), norm("mlp_norm"))
-        ops.linear_add(inner, p[at + "down"], residual, bias("down"))
+        ops.linear_add(mixed, output, residual, bias("output"), ahead=gate_up)
+        inner = ops.gated_linear(
+            residual, gate_up, self.spec.activation, bias("gate_up"), norm("mlp_norm"), ahead=down
+        )
+        ops.linear_add(inner, down, residual, bias("down"), ahead=next_qkv)
 
     def _attention(
         self, index: int, layer: LayerSpec, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
