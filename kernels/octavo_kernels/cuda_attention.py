@@ -7,7 +7,7 @@ import torch
 import octavo_kernels._cuda as _cuda
 from octavo_kernels.attention_work import AttentionWork, attention_work
 from octavo_kernels.cuda_prefill import PrefillPlan
-from octavo_kernels.native import Unserved, address, type_code
+from octavo_kernels.native import Unserved, address, stream_of, type_code
 from octavo_kernels.reference import Variant
 
 _WORD = 4  # bytes: the decode kernel reads queries in words
@@ -130,7 +130,7 @@ def decode(  # noqa: PLR0913 (as the operation is)
         window=work.windows.index(variant.window),
         stages=work.stages,
         blocks_per_sm=work.blocks_per_sm,
-        stream=torch.cuda.current_stream(query.device).cuda_stream,
+        stream=stream_of(query),
     )
 
 
@@ -142,7 +142,7 @@ def _plan_decodes(work: AttentionWork, seq_lens: torch.Tensor, num_decodes: int)
     _decode_work(work).plan(
         seq_lens=seq_lens.data_ptr(),
         num_decodes=num_decodes,
-        stream=torch.cuda.current_stream(seq_lens.device).cuda_stream,
+        stream=stream_of(seq_lens),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import octavo_kernels._cuda as _cuda
+from octavo_kernels.native import stream_of
 
 if TYPE_CHECKING:
     from octavo_kernels.batch_state import BatchState, StepBuffers
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def apply_updates(words: torch.Tensor, message: torch.Tensor, stretches: int) -> None:
     """Copy each stretch to its place."""
-    _cuda.apply_updates(words.data_ptr(), message.data_ptr(), stretches, _stream())
+    _cuda.apply_updates(words.data_ptr(), message.data_ptr(), stretches, stream_of(words))
 
 
 def build_inputs(
@@ -46,7 +47,7 @@ def build_inputs(
         max_tokens=out.slots.shape[1],
         rows=len(out.seq_lens),
         sequences=num_sequences,
-        stream=_stream(),
+        stream=stream_of(state.records),
     )
 
 
@@ -62,9 +63,5 @@ def record_tokens(
         drawn=drawn.data_ptr(),
         rows=drawn.shape[1],
         counter=counter.data_ptr(),
-        stream=_stream(),
+        stream=stream_of(state.records),
     )
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream

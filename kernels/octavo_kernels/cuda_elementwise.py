@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels.native import FUNCTIONS, Unserved, address, type_code
+from octavo_kernels.native import FUNCTIONS, Unserved, address, stream_of, type_code
 from octavo_kernels.reference import Function, HeadNorm, Rotation
 
 _PACK = 8  # elements in 16 bytes
@@ -38,7 +38,7 @@ def rms_norm(
         width=x.shape[1],
         eps=eps,
         offset=offset,
-        stream=_stream(x),
+        stream=stream_of(x),
     )
     return out
 
@@ -63,7 +63,7 @@ def layer_norm(
         tokens=x.shape[0],
         width=x.shape[1],
         eps=eps,
-        stream=_stream(x),
+        stream=stream_of(x),
     )
     return out
 
@@ -91,7 +91,7 @@ def _activation(op: str, x: torch.Tensor, function: Function, out: torch.Tensor)
         out=out.data_ptr(),
         tokens=out.shape[0],
         width=out.shape[1],
-        stream=_stream(x),
+        stream=stream_of(x),
     )
 
 
@@ -117,7 +117,7 @@ def embed(
         vocabulary=table.shape[0],
         max_positions=0 if position_table is None else position_table.shape[0],
         width=table.shape[1],
-        stream=_stream(table),
+        stream=stream_of(table),
     )
     return out
 
@@ -161,15 +161,18 @@ def qk_norm_rope_write(
 ) -> torch.Tensor:
     blocks, block_size, kv_heads, dim = key_cache.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    by_head = qkv.view(qkv.shape[0], -1, dim)
-    q, k, v = torch.split(by_head, [heads, kv_heads, kv_heads], dim=1)
     query = qkv.new_empty((qkv.shape[0], heads, dim))
-    of_query, of_key = (None, None) if norm is None else (norm.query, norm.key)
+    of_query, of_key = (0, 0) if norm is None else (norm.query.data_ptr(), norm.key.data_ptr())
     turns = rotation is not None
+    row, of_head = qkv.stride(0), dim * qkv.element_size()
+    q = qkv.data_ptr()
+    k = q + heads * of_head
+    v = k + kv_heads * of_head
+    slot, keys, values = kv_heads * dim, key_cache.data_ptr(), value_cache.data_ptr()
     groups = [
-        _group(q, query, query.stride(0), of_query, rotated=turns),
-        _to_cache(k, key_cache, of_key, rotated=turns),
-        _to_cache(v, value_cache),
+        (q, row, query.data_ptr(), heads * dim, of_query, heads, turns, False),
+        (k, row, keys, slot, of_key, kv_heads, turns, True),
+        (v, row, values, slot, 0, kv_heads, False, True),
     ]
     _heads(qkv, groups, norm, rotation, slots, blocks * block_size, dim=dim)
     return query
@@ -193,8 +196,9 @@ def _heads(
     step = _PACK if interleaved else 2 * _PACK
     if rotary % step != 0:
         raise Unserved(f"its kernel turns a multiple of {step} elements of a head, not {rotary}")
-    if any((g[0] | g[2] | g[4]) % 16 or (g[1] | g[3]) % _PACK for g in groups):
-        raise Unserved("its kernel needs weights and rows that are aligned to 16 bytes")
+    for start, row, to, to_row, weight, *_ in groups:
+        if (start | to | weight) % 16 or (row | to_row) % _PACK:
+            raise Unserved("its kernel needs weights and rows that are aligned to 16 bytes")
     _cuda.heads(
         dtype=type_code("heads", like),
         groups=groups,
@@ -209,7 +213,7 @@ def _heads(
         interleaved=interleaved,
         slots=address(slots),
         num_slots=num_slots,
-        stream=_stream(like),
+        stream=stream_of(like),
     )
 
 
@@ -217,29 +221,22 @@ def _group(
     x: torch.Tensor,
     to: torch.Tensor,
     to_stride: int,
-    weight: torch.Tensor | None = None,
     *,
     rotated: bool = False,
     at_slot: bool = False,
 ) -> _Group:
     """Heads x [tokens, heads, dim] on their way to `to`, whose rows are to_stride apart."""
     place, row = to.data_ptr(), x.stride(0)
-    return x.data_ptr(), row, place, to_stride, address(weight), x.shape[1], rotated, at_slot
+    return x.data_ptr(), row, place, to_stride, 0, x.shape[1], rotated, at_slot
 
 
 def _in_place(x: torch.Tensor) -> _Group:
     return _group(x, x, x.stride(0), rotated=True)
 
 
-def _to_cache(
-    x: torch.Tensor,
-    cache: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    *,
-    rotated: bool = False,
-) -> _Group:
+def _to_cache(x: torch.Tensor, cache: torch.Tensor) -> _Group:
     """To the cache [blocks, block_size, kv_heads, dim], a row of which is a slot."""
-    return _group(x, cache, cache.stride(1), weight, rotated=rotated, at_slot=True)
+    return _group(x, cache, cache.stride(1), at_slot=True)
 
 
 def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:
@@ -250,7 +247,7 @@ def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:
         block_bytes=_block_bytes(cache),
         pairs=pairs.data_ptr(),
         num_pairs=pairs.shape[0],
-        stream=_stream(cache),
+        stream=stream_of(cache),
     )
 
 
@@ -269,7 +266,7 @@ def swap_blocks(
         host=host.data_ptr(),
         host_blocks=host.shape[0],
         out=direction == "out",
-        stream=_stream(cache),
+        stream=stream_of(cache),
     )
 
 
@@ -288,10 +285,6 @@ def _require_width(width: int, most: int | None = None) -> None:
 
 
 def _require_aligned(*tensors: torch.Tensor | None) -> None:
-    if any(address(tensor) % 16 for tensor in tensors):
-        raise Unserved("its kernel needs tensors that are aligned to 16 bytes")
-
-
-def _stream(tensor: torch.Tensor) -> int:
-    """The stream that torch works on: the one that is being captured, where one is."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+    for tensor in tensors:
+        if tensor is not None and tensor.data_ptr() % 16:
+            raise Unserved("its kernel needs tensors that are aligned to 16 bytes")

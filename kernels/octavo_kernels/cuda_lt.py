@@ -7,6 +7,7 @@ a folder is given, in a JSON file that is good for one kind of device and versio
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import statistics
@@ -18,7 +19,7 @@ import torch
 from torch.nn import functional
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels.native import address, type_code
+from octavo_kernels.native import address, stream_of, type_code
 
 WORKSPACE_BYTES = 32 * 2**20
 _CANDIDATES = 16
@@ -45,6 +46,8 @@ class Size(NamedTuple):
 
 # None where torch's choice is as good.
 _found: dict[Size, bytes | None] = {}
+# What `_found` says of sizes that were not searched: a step asks again for every layer.
+_rounded: dict[Size, bytes | None] = {}
 _fixed: dict[Size, bytes] = {}
 _workspaces: dict[torch.device, torch.Tensor] = {}
 
@@ -91,6 +94,7 @@ def tune_products(
     if groups and folder is not None:
         file = _file(folder, next(iter(groups.values()))[0][0].device)
         _load(file)
+    _rounded.clear()
     timed = 0
     for key, group in groups.items():
         for count in rows:
@@ -106,14 +110,14 @@ def tune_products(
 def _algorithm(size: Size) -> bytes | None:
     if size in _found or size.rows <= _ROUNDED_ABOVE:
         return _found.get(size)
-    larger = [
-        known.rows
-        for known in _found
-        if known._replace(rows=size.rows) == size and size.rows < known.rows <= 2 * size.rows
-    ]
-    # Kept under this number of rows too, so that the next look-up is short.
-    _found[size] = _found[size._replace(rows=min(larger))] if larger else None
-    return _found[size]
+    if size not in _rounded:
+        larger = [
+            known.rows
+            for known in _found
+            if size.rows < known.rows <= 2 * size.rows and known[:-1] == size[:-1]
+        ]
+        _rounded[size] = _found[size._replace(rows=min(larger))] if larger else None
+    return _rounded[size]
 
 
 def _fixed_algorithm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bytes:
@@ -145,7 +149,9 @@ def _search(group: list[tuple[torch.Tensor, torch.Tensor | None]], rows: int) ->
             **_sizes(x, weight, bias, out),
             weights=[of_layer.data_ptr() for of_layer, _ in group],
             algorithm=algorithm,
-            **_workspace(x.device),
+            workspace=_workspace(x.device).data_ptr(),
+            workspace_bytes=WORKSPACE_BYTES,
+            stream=stream_of(x),
             repeat=repeat,
         )
 
@@ -189,8 +195,13 @@ def _graph_seconds(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def _size(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Size:
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return Size(dtype, bias is not None, weight.shape[0], weight.shape[1], x.shape[0])
+    n, k = weight.shape
+    return Size(_name_of(weight.dtype), bias is not None, n, k, x.shape[0])
+
+
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _sizes(
@@ -208,15 +219,13 @@ def _sizes(
     }
 
 
-def _workspace(device: torch.device) -> dict[str, int]:
-    """Where algorithms keep what they need, and the stream: one stream at a time uses it."""
-    if device not in _workspaces:
-        _workspaces[device] = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-    return {
-        "workspace": _workspaces[device].data_ptr(),
-        "workspace_bytes": WORKSPACE_BYTES,
-        "stream": torch.cuda.current_stream(device).cuda_stream,
-    }
+def _workspace(device: torch.device) -> torch.Tensor:
+    """Where algorithms keep what they need: one stream at a time uses it."""
+    found = _workspaces.get(device)
+    if found is None:
+        found = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        _workspaces[device] = found
+    return found
 
 
 def _candidates(
@@ -245,11 +254,22 @@ def _run(
 ) -> torch.Tensor | None:
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0]))
+    workspace = _workspace(x.device)
+    n, k = weight.shape
     done = _cuda.lt_product(
-        **_sizes(x, weight, bias, out),
+        dtype=type_code("linear", x),
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        bias=address(bias),
+        out=out.data_ptr(),
+        rows=x.shape[0],
+        n=n,
+        k=k,
         w=weight.data_ptr(),
         algorithm=algorithm,
-        **_workspace(x.device),
+        workspace=workspace.data_ptr(),
+        workspace_bytes=WORKSPACE_BYTES,
+        stream=stream_of(x),
     )
     return out if done else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels.native import Unserved, address, type_code
+from octavo_kernels.native import Unserved, address, stream_of, type_code
 from octavo_kernels.reference import Variant
 
 _ALIGNMENT = 16  # bytes
@@ -63,7 +63,7 @@ class PrefillPlan:
             seq_lens=lengths.data_ptr(),
             lists=lists.data_ptr(),
             partials=partials.data_ptr(),
-            stream=torch.cuda.current_stream(device).cuda_stream,
+            stream=stream_of(seq_lens),
         )
 
     @property
@@ -109,7 +109,7 @@ class PrefillPlan:
             window=variant.window,
             softcap=variant.softcap,
             sinks=address(variant.sinks),
-            stream=torch.cuda.current_stream(query.device).cuda_stream,
+            stream=stream_of(query),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels.native import Unserved, address, type_code
+from octavo_kernels.native import Unserved, address, stream_of, type_code
 from octavo_kernels.reference_sampling import Adjustments, Ends, Sampling, TokenLogprobs
 
 
@@ -50,7 +50,7 @@ def sample(
         tokens=tokens.data_ptr(),
         kept=address(kept),
         workspace=workspace.data_ptr(),
-        stream=_stream(device),
+        stream=stream_of(logits),
     )
     return tokens
 
@@ -73,7 +73,7 @@ def restart_marks(
         num_allowed=len(allowed),
         listed=listed.data_ptr(),
         num_listed=len(listed),
-        stream=_stream(marks.device),
+        stream=stream_of(marks),
     )
 
 
@@ -111,7 +111,7 @@ def token_logprobs(
         top_ids=out.top_ids.data_ptr(),
         top_logprobs=out.top_logprobs.data_ptr(),
         top=top,
-        stream=_stream(device),
+        stream=stream_of(logits),
     )
     return out
 
@@ -130,7 +130,3 @@ def _addresses(a: Adjustments | None) -> list[int]:
 def _require_vocabulary(vocab: int) -> None:
     if not 0 < vocab <= _cuda.MAX_VOCAB:
         raise Unserved(f"draws from 1 to {_cuda.MAX_VOCAB} tokens, not from {vocab}")
-
-
-def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)

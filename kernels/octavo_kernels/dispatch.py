@@ -32,6 +32,8 @@ calls: Counter[tuple[str, Ran]] = Counter()
 _SERVED_ON_GPU = (torch.bfloat16, torch.float16, torch.int32, torch.int64)
 _forced: BackEnd | None = None
 _said: set[str] = set()
+# What was chosen before, by device, type and what was forced.
+_chosen: dict[tuple[torch.device, torch.dtype, BackEnd | None], BackEnd] = {}
 
 
 def _load(name: BackEnd) -> ModuleType | None:
@@ -132,7 +134,10 @@ def run(op: str, like: torch.Tensor, *args: Any, composed: Callable[..., Any] | 
     `composed` is a fused operation said in terms of simpler ones: the meaning, instead of a
     function in `reference`, and what runs where there is no fused kernel.
     """
-    chosen = implementation(like.device, like.dtype)
+    looks = (like.device, like.dtype, _forced)
+    chosen = _chosen.get(looks)
+    if chosen is None:
+        chosen = _chosen[looks] = implementation(like.device, like.dtype)
     function = getattr(_back_ends[chosen], op, None)
     if function is not None:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from octavo_kernels.dispatch import run
-from octavo_kernels.match import Arg, match
+from octavo_kernels.match import Arg, checks, match
 from octavo_kernels.reference import HeadNorm, Rotation
 
 __all__ = ["HeadNorm", "Rotation", "qk_norm_rope_write"]
@@ -28,6 +28,21 @@ def qk_norm_rope_write(
     keys are normed, then rotated; slot -1 stores nothing. In terms of simpler operations:
     rms_norm over each head, rope, write_kv.
     """
+    if checks.on:
+        _check(qkv, key_cache, value_cache, slots, norm, rotation)
+    args = (qkv, key_cache, value_cache, slots, norm, rotation)
+    query: torch.Tensor = run("qk_norm_rope_write", qkv, *args, composed=_qk_norm_rope_write)
+    return query
+
+
+def _check(
+    qkv: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    norm: HeadNorm | None,
+    rotation: Rotation | None,
+) -> None:
     op = "qk_norm_rope_write"
     args = [
         Arg("qkv", qkv, "tokens width", rows=True),
@@ -50,9 +65,6 @@ def qk_norm_rope_write(
         )
     if rotation is not None:
         check_rotary(op, size)
-    args_ = (qkv, key_cache, value_cache, slots, norm, rotation)
-    query: torch.Tensor = run(op, qkv, *args_, composed=_qk_norm_rope_write)
-    return query
 
 
 def check_rotary(op: str, size: dict[str, int]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,6 +12,28 @@ import torch
 # A step makes the same calls in every layer: what was matched once is not looked at again.
 _matched: dict[tuple[object, ...], dict[str, int]] = {}
 _MOST_REMEMBERED = 4096
+
+
+@dataclass(slots=True)
+class Checks:
+    """Whether operations look at their arguments before they run."""
+
+    on: bool = True
+
+
+checks = Checks()
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Within the block operations trust the caller, who has made such calls before: of a layer's
+    time on the host, checks take as much as the launches.
+    """
+    before, checks.on = checks.on, False
+    try:
+        yield
+    finally:
+        checks.on = before
 
 
 class Arg(NamedTuple):

@@ -10,6 +10,7 @@ from octavo_kernels.reference import Function
 
 # In the order of types.h.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TYPE_CODES = {dtype: code for code, dtype in enumerate(FLOATS)}
 FUNCTIONS: tuple[Function, ...] = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -35,9 +36,18 @@ profile = Profile()
 
 def type_code(op: str, tensor: torch.Tensor) -> int:
     """The compiled modules' number of a floating type (types.h `DType`)."""
-    if tensor.dtype not in FLOATS:
+    code = _TYPE_CODES.get(tensor.dtype)
+    if code is None:
         raise TypeError(f"{op}: no kernel for {tensor.dtype}; there are {FLOATS}")
-    return FLOATS.index(tensor.dtype)
+    return code
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The stream that torch works on, on the tensor's GPU: the one that is being captured, where
+    one is. By the number alone, as torch's own compiler asks: a Stream object takes microseconds.
+    """
+    stream: int = torch._C._cuda_getCurrentRawStream(tensor.get_device())
+    return stream
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -22,7 +22,7 @@ from octavo_kernels.dispatch import (
 )
 from octavo_kernels.experts import Experts, mixture
 from octavo_kernels.heads import HeadNorm, Rotation, check_rotary, qk_norm_rope_write
-from octavo_kernels.match import Arg, match
+from octavo_kernels.match import Arg, checks, match, unchecked
 from octavo_kernels.products import (
     deterministic,
     gated_linear,
@@ -39,7 +39,7 @@ __all__ = [
     "device_report", "embed", "forced", "forced_instruction_set", "gated_linear", "implementation",
     "implementations", "instruction_sets", "layer_norm", "linear", "linear_add", "mixture",
     "paged_attention", "plan_attention", "qk_norm_rope_write", "rms_norm", "rope", "sample",
-    "swap_blocks", "token_logprobs", "tune_products", "write_kv",
+    "swap_blocks", "token_logprobs", "tune_products", "unchecked", "write_kv",
 ]  # fmt: skip
 
 
@@ -71,7 +71,8 @@ def rms_norm(
     offset: float = 0.0,
 ) -> torch.Tensor:
     """Norm of x, or of residual + x, which `residual` then holds; see `reference.rms_norm`."""
-    _match_norm("rms_norm", x, weight=weight, residual=residual)
+    if checks.on:
+        _match_norm("rms_norm", x, weight=weight, residual=residual)
     out: torch.Tensor = run("rms_norm", x, x, weight, eps, residual, offset)
     return out
 
@@ -84,7 +85,8 @@ def layer_norm(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Layer norm of x, or of residual + x, which `residual` then holds."""
-    _match_norm("layer_norm", x, weight=weight, bias=bias, residual=residual)
+    if checks.on:
+        _match_norm("layer_norm", x, weight=weight, bias=bias, residual=residual)
     out: torch.Tensor = run("layer_norm", x, x, weight, bias, eps, residual)
     return out
 
@@ -117,16 +119,18 @@ def rope(
 
 def act(x: torch.Tensor, function: Function) -> torch.Tensor:
     """The function of each element."""
-    match("act", Arg("x", x, "tokens width"))
+    if checks.on:
+        match("act", Arg("x", x, "tokens width"))
     out: torch.Tensor = run("act", x, x, function)
     return out
 
 
 def act_and_mul(x: torch.Tensor, function: Function) -> torch.Tensor:
     """function(left half) * right half of each row; see `reference.act_and_mul`."""
-    size = match("act_and_mul", Arg("x", x, "tokens 2*width"))
-    if size["2*width"] % 2 != 0:
-        raise ValueError(f"act_and_mul: x has an odd width, {size['2*width']}")
+    if checks.on:
+        width = match("act_and_mul", Arg("x", x, "tokens 2*width"))["2*width"]
+        if width % 2 != 0:
+            raise ValueError(f"act_and_mul: x has an odd width, {width}")
     out: torch.Tensor = run("act_and_mul", x, x, function)
     return out
 

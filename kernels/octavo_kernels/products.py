@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from octavo_kernels.dispatch import implementation, run
-from octavo_kernels.match import Arg, match
+from octavo_kernels.match import Arg, checks, match
 from octavo_kernels.native import profile
 from octavo_kernels.reference import Function, Norm
 
@@ -53,8 +53,9 @@ def linear(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """norm(x) · weight^T + bias, [rows, n], in `out` where one is given."""
-    given = [] if out is None else [Arg("out", out, "rows n")]
-    _match("linear", x, weight, bias, norm, *given)
+    if checks.on:
+        given = [] if out is None else [Arg("out", out, "rows n")]
+        _match("linear", x, weight, bias, norm, *given)
     result: torch.Tensor = run("linear", x, x, weight, bias, norm, ahead, out, composed=_linear)
     return result
 
@@ -69,9 +70,10 @@ def gated_linear(
     ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """function(left half) * right half of norm(x) · weight^T + bias, [rows, n / 2]."""
-    size = _match("gated_linear", x, weight, bias, norm)
-    if size["n"] % 2 != 0:
-        raise ValueError(f"gated_linear: weight has {size['n']} rows, which are not two halves")
+    if checks.on:
+        n = _match("gated_linear", x, weight, bias, norm)["n"]
+        if n % 2 != 0:
+            raise ValueError(f"gated_linear: weight has {n} rows, which are not two halves")
     args = (x, weight, function, bias, norm, ahead)
     out: torch.Tensor = run("gated_linear", x, *args, composed=_gated_linear)
     return out
@@ -86,7 +88,8 @@ def linear_add(
     ahead: torch.Tensor | None = None,
 ) -> None:
     """Add x · weight^T + bias to `residual` [rows, n], in place."""
-    _match("linear_add", x, weight, bias, None, Arg("residual", residual, "rows n"))
+    if checks.on:
+        _match("linear_add", x, weight, bias, None, Arg("residual", residual, "rows n"))
     run("linear_add", x, x, weight, residual, bias, ahead, composed=_linear_add)
 
 

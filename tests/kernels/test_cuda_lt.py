@@ -21,6 +21,7 @@ SIZE = Size("bfloat16", False, 64, 32, 0)
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     monkeypatch.setattr(cuda_lt, "_found", {})
+    monkeypatch.setattr(cuda_lt, "_rounded", {})
     monkeypatch.setattr(cuda_lt, "_fixed", {})
 
 

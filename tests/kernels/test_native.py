@@ -1,6 +1,7 @@
 """The compiled module: its stub is true, it is chosen, and its absence is said and survived."""
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import re
@@ -161,3 +162,15 @@ print(ops.implementations(), ops.act_and_mul(torch.ones(1, 2), "silu").item())
     )  # fmt: skip
     assert done.stdout.startswith("('reference',) 0.731")
     assert done.stderr.count("_core is not built") == 1
+
+
+def test_who_is_known_is_not_checked_and_others_are_again() -> None:
+    x, weight = torch.ones(2, 8), torch.ones(4, 8)
+    with pytest.raises(ValueError, match="act_and_mul: x must have dimensions"):
+        ops.act_and_mul(x[0], "silu")
+    with ops.forced("reference"), contextlib.suppress(ZeroDivisionError), ops.unchecked():
+        assert ops.act_and_mul(x[0], "silu").shape == (4,)
+        assert torch.equal(ops.linear(x, weight), torch.full((2, 4), 8.0))
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="act_and_mul: x must have dimensions"):
+        ops.act_and_mul(x[0], "silu")

@@ -105,6 +105,21 @@ def test_logits_are_those_of_transformers(changes, tmp_path) -> None:
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_batch_is_checked_however_often_the_decoder_ran(tmp_path) -> None:
+    decoder = load_decoder(llama_checkpoints.write(tmp_path / "model"))
+    prompt = [5, 9, 2]
+    for _ in range(2):
+        first = logits(decoder, prompt, 3)
+    spec = decoder.spec
+    cache = torch.zeros((spec.num_layers, 2, 4, 4, spec.num_kv_heads, spec.head_dim))
+    sequence = ScheduledSequence(0, prompt, 0, [1], True, SamplingParams(), 0)
+    batch = build_batch(StepPlan((sequence,)), 4, CPU)
+    wrong = dataclasses.replace(batch, seq_lens=batch.seq_lens.long())
+    with pytest.raises(TypeError, match=r"paged_attention: seq_lens must be torch\.int32"):
+        decoder.forward(wrong, cache)
+    assert torch.equal(logits(decoder, prompt, 3), first)
+
+
 @pytest.mark.parametrize("implementation", ops.implementations())
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 def test_narrow_types_stay_close_to_float32(dtype, limit, implementation, tmp_path) -> None:

@@ -8,6 +8,7 @@ candidates are that close.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from octavo.models.spec import DecoderSpec, LayerSpec
 from octavo_kernels import ops
 
 Parameters = dict[str, torch.Tensor]
+# The KV cache's keys and values of one layer of a group after another.
+Planes = tuple[torch.Tensor, ...]
 
 # For no more rows a GPU spends its time on starting kernels: norms, gates and sums then ride on the
 # products before or after them.
@@ -78,6 +81,8 @@ class Decoder:
         on_gpu = device.type == "cuda"
         self._product = ops.linear if on_gpu else linear
         self._few_rows = FEW_ROWS if on_gpu and _is_plain(spec) else 0
+        self._head_norms = [self._head_norm(f"layers.{i}.") for i in range(spec.num_layers)]
+        self._matched = False
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """Logits (float32) of `batch.logit_rows`, all at once; see `hidden`."""
@@ -90,16 +95,36 @@ class Decoder:
         `residual` is the sum of what all layers before gave; `x` is what was given last and is
         added to it by the norm that comes next, in one pass.
         """
+        residual = self._embed(batch)
+        planes = kv_cache.flatten(0, 1).unbind()
+        x = self._layers(range(1), None, residual, batch, planes)
+        # The first layer's checks hold for this batch, those of one whole pass for the weights.
+        with ops.unchecked() if self._matched else contextlib.nullcontext():
+            x = self._layers(range(1, self.spec.num_layers), x, residual, batch, planes)
+        self._matched = True
+        rows = batch.logit_rows
+        if rows is not None:
+            x, residual = None if x is None else x[rows], residual[rows]
+        return self._add_norm("norm", x, residual)
+
+    def _layers(
+        self,
+        indices: range,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        batch: Batch,
+        planes: Planes,
+    ) -> torch.Tensor | None:
+        """What the last of these layers gave, to be added to `residual`; None when it was."""
         spec = self.spec
-        residual, x = self._embed(batch), None
         few = len(residual) <= self._few_rows
-        for i, layer in enumerate(spec.layers):
-            at = f"layers.{i}."
+        for i in indices:
+            layer, at = spec.layers[i], f"layers.{i}."
             if few:
-                self._few_rows_layer(i, layer, residual, batch, kv_cache)
+                self._few_rows_layer(i, layer, residual, batch, planes)
                 continue
             normed = self._add_norm(at + "input_norm", x, residual)
-            x = self._attention(i, layer, normed, batch, kv_cache)
+            x = self._attention(i, layer, normed, batch, planes)
             if spec.placement == "parallel":
                 aside = normed if spec.shared_norm else self._norm(at + "mlp_norm", residual)
                 x = x + self._mlp(at, layer, aside)
@@ -107,10 +132,7 @@ class Decoder:
             x = self._norm(at + "attention_out_norm", x)
             x = self._mlp(at, layer, self._add_norm(at + "mlp_norm", x, residual))
             x = self._norm(at + "mlp_out_norm", x)
-        rows = batch.logit_rows
-        if rows is not None:
-            x, residual = None if x is None else x[rows], residual[rows]
-        return self._add_norm("norm", x, residual)
+        return x
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         spec, p = self.spec, self.parameters
@@ -130,7 +152,7 @@ class Decoder:
         layer: LayerSpec,
         residual: torch.Tensor,
         batch: Batch,
-        kv_cache: torch.Tensor,
+        planes: Planes,
     ) -> None:
         """A plain layer in six kernels; `residual` becomes the layer's output. Each product has the
         next one's weight brought nearer.
@@ -146,7 +168,7 @@ class Decoder:
         output, gate_up, down = p[at + "output"], p[at + "gate_up"], p[at + "down"]
         next_qkv = p.get(f"layers.{index + 1}.qkv")
         qkv = ops.linear(residual, p[at + "qkv"], bias("qkv"), norm("input_norm"), ahead=output)
-        mixed = self._mix(index, layer, qkv, batch, kv_cache)
+        mixed = self._mix(index, layer, qkv, batch, planes)
         ops.linear_add(mixed, output, residual, bias("output"), ahead=gate_up)
         inner = ops.gated_linear(
             residual, gate_up, self.spec.activation, bias("gate_up"), norm("mlp_norm"), ahead=down
@@ -154,29 +176,26 @@ class Decoder:
         ops.linear_add(inner, down, residual, bias("down"), ahead=next_qkv)
 
     def _attention(
-        self, index: int, layer: LayerSpec, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
+        self, index: int, layer: LayerSpec, x: torch.Tensor, batch: Batch, planes: Planes
     ) -> torch.Tensor:
         at = f"layers.{index}."
-        mixed = self._mix(index, layer, self._linear(at + "qkv", x), batch, kv_cache)
+        mixed = self._mix(index, layer, self._linear(at + "qkv", x), batch, planes)
         return self._linear(at + "output", mixed)
 
     def _mix(
-        self, index: int, layer: LayerSpec, qkv: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
+        self, index: int, layer: LayerSpec, qkv: torch.Tensor, batch: Batch, planes: Planes
     ) -> torch.Tensor:
         """Store the keys and values of a fused projection; what its queries find."""
-        spec, at = self.spec, f"layers.{index}."
+        spec = self.spec
         group, plane = self.layout.places[index]
-        keys, values = kv_cache[plane]
+        keys, values = planes[2 * plane], planes[2 * plane + 1]
         rotation = None
         if layer.rope is not None:
             table = self._rope_tables[layer.rope]
             rotation = ops.Rotation(batch.positions, table, spec.rope_interleaved)
-        norm = None
-        if spec.qk_norm == "head" and spec.norm == "rms":
-            weights = self.parameters[at + "q_norm"], self.parameters[at + "k_norm"]
-            norm = ops.HeadNorm(*weights, spec.norm_eps, spec.norm_offset)
-        elif spec.qk_norm != "none":
-            self._norm_queries_and_keys(at, qkv)
+        norm = self._head_norms[index]
+        if norm is None and spec.qk_norm != "none":
+            self._norm_queries_and_keys(f"layers.{index}.", qkv)
         slots = batch.slots[group]
         query = ops.qk_norm_rope_write(qkv, keys, values, slots, norm, rotation)
         mixed = ops.paged_attention(
@@ -193,6 +212,13 @@ class Decoder:
             work=batch.attention_work,
         )
         return mixed.flatten(1)
+
+    def _head_norm(self, at: str) -> ops.HeadNorm | None:
+        """The norms of a layer's queries and keys, if a kernel takes them along."""
+        spec, p = self.spec, self.parameters
+        if spec.qk_norm != "head" or spec.norm != "rms":
+            return None
+        return ops.HeadNorm(p[at + "q_norm"], p[at + "k_norm"], spec.norm_eps, spec.norm_offset)
 
     def _norm_queries_and_keys(self, at: str, qkv: torch.Tensor) -> None:
         """In place, before they are cut into heads, or each head by a layer norm."""
