@@ -18,6 +18,7 @@ from ceilings import seconds
 from kernel_decode import decode
 from kernel_elementwise import elementwise
 from kernel_gemm import gemm
+from kernel_moe import moe
 from kernel_prefill import prefill
 from kernel_sampling import sample
 from kernel_timing import Machine
@@ -26,6 +27,7 @@ PARTS: dict[str, Callable[[Machine, bool], Iterator[dict[str, object]]]] = {
     "decode": decode,
     "elementwise": elementwise,
     "gemm": gemm,
+    "moe": moe,
     "prefill": prefill,
     "sampling": sample,
 }

@@ -276,7 +276,10 @@ class Decoder:
             [
                 (weight, self.parameters.get(name + ".bias"))
                 for name, weight in self.parameters.items()
-                if weight.dim() == 2 and name != "positions" and (tied or name != "embedding")
+                if weight.dim() == 2
+                and name != "positions"
+                and ".experts." not in name  # many matrices, one under the other
+                and (tied or name != "embedding")
             ],
             [rows],
         )
