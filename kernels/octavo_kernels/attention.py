@@ -8,7 +8,7 @@ import torch
 
 from octavo_kernels.attention_work import AttentionWork, attention_work
 from octavo_kernels.dispatch import run
-from octavo_kernels.match import Arg, match
+from octavo_kernels.match import Arg, checks, match
 from octavo_kernels.reference import PLAIN, Variant
 
 __all__ = ["AttentionWork", "attention_work", "paged_attention", "plan_attention"]
@@ -34,18 +34,18 @@ def paged_attention(  # noqa: PLR0913 (tensors, and what is known of them)
     `max_query_len`; 0 and None say that nothing is known. `work` was planned for these lengths by
     `plan_attention`; without it a GPU plans each call anew. The three are of use on a GPU alone.
     """
-    args = [
-        Arg("query", query, "tokens heads dim", rows=True),
-        Arg("key_cache", key_cache, "blocks block_size kv_heads dim"),
-        Arg("value_cache", value_cache, "blocks block_size kv_heads dim"),
-        Arg("block_tables", block_tables, "seqs max_blocks", torch.int32),
-        Arg("query_start", query_start, "seqs+1", torch.int32),
-        Arg("seq_lens", seq_lens, "seqs", torch.int32),
-    ]
-    if variant.sinks is not None:
-        args.append(Arg("sinks", variant.sinks, "heads", torch.float32))
-    size = match("paged_attention", *args)
-    _check(size, variant, num_decodes)
+    if checks.on:
+        args = [
+            Arg("query", query, "tokens heads dim", rows=True),
+            Arg("key_cache", key_cache, "blocks block_size kv_heads dim"),
+            Arg("value_cache", value_cache, "blocks block_size kv_heads dim"),
+            Arg("block_tables", block_tables, "seqs max_blocks", torch.int32),
+            Arg("query_start", query_start, "seqs+1", torch.int32),
+            Arg("seq_lens", seq_lens, "seqs", torch.int32),
+        ]
+        if variant.sinks is not None:
+            args.append(Arg("sinks", variant.sinks, "heads", torch.float32))
+        _check(match("paged_attention", *args), variant, num_decodes)
     out: torch.Tensor = run(
         "paged_attention",
         query,
