@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from kernel_timing import Machine, graph_seconds, rotations
 
 from octavo_kernels import ops
+from octavo_kernels.attention_settings import DecodeSetting
 
 BLOCK_SIZE = 16
 MEMORY_BYTES = 60 * 2**30
@@ -54,7 +55,8 @@ SHAPES = [
     Shape(64, 1024, 8, 4, 256),
 ]
 SWEPT = [SHAPES[i] for i in (0, 3, 4, 5, 6, 11)]
-CHUNKS, STAGES, BLOCKS_PER_SM = (128, 256, 512, 1024), (2, 3, 4), (1, 2, 3)
+# Tokens of a chunk, the most chunks, stages, blocks of a multiprocessor.
+SWEPT_SETTINGS = (128, 256, 1024), (16, 33), (2, 3, 4), (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def attend(inputs: Inputs, layer: int, work: ops.AttentionWork, rows: int) -> to
     )
 
 
-def work_of(shape: Shape, chunk: int) -> ops.AttentionWork:
+def work_of(shape: Shape, setting: DecodeSetting | None) -> ops.AttentionWork:
     return ops.attention_work(
         max_seqs=shape.batch,
         max_seq_len=131072,
@@ -117,17 +119,15 @@ def work_of(shape: Shape, chunk: int) -> ops.AttentionWork:
         kv_heads=shape.kv_heads,
         dim=shape.dim,
         device="cuda",
-        chunk=chunk,
+        setting=setting,
     )
 
 
 def measure(
-    shape: Shape, inputs: Inputs, machine: Machine, settings: tuple[int, int, int]
+    shape: Shape, inputs: Inputs, machine: Machine, setting: DecodeSetting | None
 ) -> dict[str, object]:
-    """One row. Results that are not attention have no time."""
-    chunk, stages, blocks_per_sm = settings
-    work = work_of(shape, chunk)
-    work.stages, work.blocks_per_sm = stages, blocks_per_sm
+    """One row, by the given setting or by what is chosen for such a step."""
+    work = work_of(shape, setting)
     ops.plan_attention(work, inputs.lengths, shape.batch)
     with ops.forced("cuda"):
         layers = range(len(inputs.caches))
@@ -139,9 +139,8 @@ def measure(
         "context": shape.context or "1..1000",
         "heads": f"{shape.heads}/{shape.kv_heads}",
         "dim": shape.dim,
-        "chunk": chunk,
-        "stages": stages,
-        "blocks_per_sm": blocks_per_sm,
+        **asdict(work.settings[shape.batch]),
+        "buffers_MB": round(work.nbytes / 1e6),
         "us": round(each * 1e6, 2),
         "plan_us": round(plan * 1e6, 2),
         "TB_s": round(inputs.bytes / each / 1e12, 3),
@@ -160,11 +159,10 @@ def error(inputs: Inputs, got: torch.Tensor, work: ops.AttentionWork) -> float:
 
 
 def decode(machine: Machine, sweep: bool) -> Iterator[dict[str, object]]:
-    """Times of decode attention at the default settings, or over settings."""
-    defaults = [(256, 0, 0)]
-    swept = list(itertools.product(CHUNKS, STAGES, BLOCKS_PER_SM))
+    """Times of decode attention at the default settings, or over settings too."""
+    swept = [DecodeSetting(*each) for each in itertools.product(*SWEPT_SETTINGS)]
     for shape in SWEPT if sweep else SHAPES:
         inputs = inputs_of(shape)
-        for settings in swept if sweep else defaults:
-            yield measure(shape, inputs, machine, settings)
+        for setting in (None, *swept) if sweep else (None,):
+            yield measure(shape, inputs, machine, setting)
         del inputs

@@ -17,7 +17,8 @@ from kernel_timing import Machine, graph_seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from octavo_kernels.cuda_prefill import MIN_SPAN, PrefillPlan
+from octavo_kernels.attention_settings import MIN_SPAN, PrefillSetting
+from octavo_kernels.cuda_prefill import PrefillPlan
 from octavo_kernels.reference import PLAIN
 
 BLOCK_SIZE = 16
@@ -76,8 +77,7 @@ def plan_of(problem: Problem, min_span: int, warpgroups: bool) -> PrefillPlan:
         kv_heads=problem.caches[0].shape[3],
         dim=dim,
         max_query_len=problem.q,
-        min_span=min_span,
-        warpgroups=warpgroups,
+        setting=PrefillSetting(min_span, warpgroups),
     )
 
 

@@ -258,7 +258,7 @@ class DecodeWork:
     def __init__(
         self,
         *,
-        max_seqs: int,
+        list_size: int,
         chunk: int,
         max_chunks: int,
         num_windows: int,

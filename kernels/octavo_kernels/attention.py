@@ -72,12 +72,14 @@ def plan_attention(
     query_start: torch.Tensor | None = None,
     tokens: int = 0,
     max_query_len: int | None = None,
+    max_seq_len: int | None = None,
 ) -> None:
     """Plan a step, for all of its layers: the first `num_decodes` sequences have one query each.
 
     Where there are other sequences, `query_start` and the number of `tokens` of the step make them
-    part of the plan. A sequence of length 0 is padding. Can be captured in a CUDA graph: a replay
-    plans for the lengths that it finds. Elsewhere than on a GPU there is nothing to plan.
+    part of the plan; the longest of these has `max_seq_len` tokens, which only decides what is
+    fastest. A sequence of length 0 is padding. Can be captured in a CUDA graph: a replay plans for
+    the lengths that it finds. Elsewhere than on a GPU there is nothing to plan.
     """
     if num_decodes < 0 or num_decodes > len(seq_lens):
         raise ValueError(
@@ -92,6 +94,7 @@ def plan_attention(
         query_start,
         tokens,
         max_query_len,
+        max_seq_len,
         composed=_nothing,
     )
 

@@ -8,41 +8,46 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from octavo_kernels.attention_settings import DecodeSetting, decode_setting
+from octavo_kernels.native import profile
+
 if TYPE_CHECKING:
     from octavo_kernels.cuda_prefill import PrefillPlan
 
-ROWS_PER_TILE = 16
-# Chunks times key heads should be a few times the blocks that run at once on the largest GPU.
-_ITEMS_PER_SEQUENCE = 512
+_ROWS_PER_TILE = 16
+_CHUNK_STEP = 64
 
 
 @dataclass(slots=True)
 class AttentionWork:
     """Buffers of decode attention, all on one device; see `attention_work`.
 
-    A sequence is cut into chunks of `chunk` tokens, which double until there are at most
-    `max_chunks`. For each of `windows` there is a list of chunks. `stages` and `blocks_per_sm` are
-    for measurements: 0 is what suits the head dim. `prefill` is the step's plan for the sequences
-    that are not decodes.
+    `settings[n]` is how a step of n decodes is cut and run. For each of `windows` there is a list
+    of chunks, for as many as any step has in all (`slots`). `decode` is the setting that the step
+    was planned with, `prefill` its plan for the sequences that are not decodes.
     """
 
     max_seqs: int
     heads: int
     kv_heads: int
     dim: int
-    chunk: int
-    max_chunks: int
+    settings: tuple[DecodeSetting, ...]
     windows: tuple[int, ...]
     window_sizes: torch.Tensor  # int32 [windows]
-    chunks: torch.Tensor  # int32 [windows, max_seqs * max_chunks, 4]: decode_attention.h
+    chunks: torch.Tensor  # int32 [windows, slots, 4]: decode_attention.h
     counts: torch.Tensor  # int32 [windows]
     ticket: torch.Tensor  # int32 [1]
     arrivals: torch.Tensor  # int32 [max_seqs * kv_heads * tiles of rows]
-    values: torch.Tensor  # float32 [max_seqs * max_chunks, heads, dim]
-    sums: torch.Tensor  # float32 [max_seqs * max_chunks, heads, 2]
-    stages: int = 0
-    blocks_per_sm: int = 0
+    values: torch.Tensor  # float32 [slots, heads, dim]
+    sums: torch.Tensor  # float32 [slots, heads, 2]
+    decode: DecodeSetting | None = None
     prefill: PrefillPlan | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, but for those of a step's prefill."""
+        buffers = (self.window_sizes, self.chunks, self.counts, self.ticket, self.arrivals)
+        return sum(buffer.nbytes for buffer in (*buffers, self.values, self.sums))
 
 
 def attention_work(
@@ -54,24 +59,32 @@ def attention_work(
     dim: int,
     device: torch.device | str,
     windows: Sequence[int] = (0,),
-    chunk: int = 256,
+    setting: DecodeSetting | None = None,
 ) -> AttentionWork:
     """Buffers for steps of up to `max_seqs` decodes of layers with any of these `windows`.
 
-    Longer sequences than `max_seq_len` are served too, with less parallelism. The results' bits
-    depend on `max_seq_len`, `kv_heads` and `chunk` (tokens, a power of two of 64 or more), and on
-    nothing else that is given here. The largest buffer is `values`, at most
-    max_seqs * max_chunks * heads * dim * 4 bytes. On a CPU the buffers are empty.
+    Longer sequences than `max_seq_len` are served too, with less parallelism. How a step is cut
+    follows from its number of decodes, or is `setting` for all, for measurements. Under the
+    deterministic profile, which has to be set before, the results' bits do not depend on that
+    number, only on `max_seq_len`, `heads` and `kv_heads`. The largest buffer is `values`. On a CPU
+    the buffers are empty.
     """
-    if chunk < 64 or chunk & (chunk - 1):
-        raise ValueError(f"attention_work: chunk must be a power of two of 64 or more, got {chunk}")
+    if setting is not None and (setting.chunk < _CHUNK_STEP or setting.chunk % _CHUNK_STEP):
+        raise ValueError(
+            f"attention_work: chunk must be a multiple of {_CHUNK_STEP}, got {setting.chunk}"
+        )
     if not windows or min(windows) < 0:
         raise ValueError(f"attention_work: windows must be 0 or more each, got {tuple(windows)}")
-    max_chunks = max_chunks_of(max_seq_len, kv_heads, chunk)
     different = tuple(dict.fromkeys(windows))
-    seqs = max_seqs if torch.device(device).type == "cuda" else 0
-    slots = seqs * max_chunks
-    tiles = -(-heads // kv_heads // ROWS_PER_TILE)
+    on_gpu = torch.device(device).type == "cuda"
+    seqs = max_seqs if on_gpu else 0
+    columns = kv_heads * -(-heads // kv_heads // _ROWS_PER_TILE)
+    count = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+    settings = tuple(
+        setting or decode_setting(n, columns, dim, max_seq_len, count, profile.deterministic)
+        for n in range(seqs + 1)
+    )
+    slots = max(n * each.max_chunks for n, each in enumerate(settings))
 
     def words(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -84,24 +97,13 @@ def attention_work(
         heads=heads,
         kv_heads=kv_heads,
         dim=dim,
-        chunk=chunk,
-        max_chunks=max_chunks,
+        settings=settings,
         windows=different,
         window_sizes=torch.tensor(different, dtype=torch.int32, device=device),
         chunks=words(len(different), slots, 4),
         counts=words(len(different)),
         ticket=words(1).zero_(),
-        arrivals=words(seqs * kv_heads * tiles).zero_(),
+        arrivals=words(seqs * columns).zero_(),
         values=floats(slots, heads, dim),
         sums=floats(slots, heads, 2),
     )
-
-
-def max_chunks_of(max_seq_len: int, kv_heads: int, chunk: int) -> int:
-    """Into how many chunks a sequence is cut at most: a power of two, 128 or less."""
-    enough = min(128, max(32, _power_of_two_from(-(-_ITEMS_PER_SEQUENCE // kv_heads))))
-    return min(enough, _power_of_two_from(-(-max_seq_len // chunk)))
-
-
-def _power_of_two_from(least: int) -> int:
-    return 1 << max(0, least - 1).bit_length()

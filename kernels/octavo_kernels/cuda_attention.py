@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import octavo_kernels._cuda as _cuda
+from octavo_kernels.attention_settings import DecodeSetting
 from octavo_kernels.attention_work import AttentionWork, attention_work
 from octavo_kernels.cuda_prefill import PrefillPlan
 from octavo_kernels.native import Unserved, address, stream_of, type_code
@@ -20,6 +21,7 @@ def plan_attention(
     query_start: torch.Tensor | None,
     tokens: int,
     max_query_len: int | None,
+    max_seq_len: int | None,
 ) -> None:
     if num_decodes:
         _plan_decodes(work, seq_lens, num_decodes)
@@ -34,6 +36,7 @@ def plan_attention(
             dim=work.dim,
             num_decodes=num_decodes,
             max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
         )
 
 
@@ -111,7 +114,8 @@ def decode(  # noqa: PLR0913 (as the operation is)
         )
         _plan_decodes(work, seq_lens, num_decodes)
     _check_fits(work, heads, kv_heads, dim, variant.window, num_decodes)
-    _decode_work(work).attend(
+    setting = _planned(work)
+    _decode_work(work, setting).attend(
         dtype=type_code("paged_attention", query),
         query=query.data_ptr(),
         query_stride=query.stride(0),
@@ -128,8 +132,8 @@ def decode(  # noqa: PLR0913 (as the operation is)
         softcap=variant.softcap,
         sinks=address(variant.sinks),
         window=work.windows.index(variant.window),
-        stages=work.stages,
-        blocks_per_sm=work.blocks_per_sm,
+        stages=setting.stages,
+        blocks_per_sm=setting.blocks_per_sm,
         stream=stream_of(query),
     )
 
@@ -139,7 +143,8 @@ def _plan_decodes(work: AttentionWork, seq_lens: torch.Tensor, num_decodes: int)
         raise ValueError(
             f"plan_attention: {num_decodes} decodes, but the work is for {work.max_seqs} sequences"
         )
-    _decode_work(work).plan(
+    work.decode = work.settings[num_decodes]
+    _decode_work(work, work.decode).plan(
         seq_lens=seq_lens.data_ptr(),
         num_decodes=num_decodes,
         stream=stream_of(seq_lens),
@@ -161,11 +166,19 @@ def _check_fits(
         )
 
 
-def _decode_work(work: AttentionWork) -> _cuda.DecodeWork:
+def _planned(work: AttentionWork) -> DecodeSetting:
+    if work.decode is None:
+        raise ValueError(
+            "paged_attention: the work has no plan for decodes; call plan_attention first"
+        )
+    return work.decode
+
+
+def _decode_work(work: AttentionWork, setting: DecodeSetting) -> _cuda.DecodeWork:
     return _cuda.DecodeWork(
-        max_seqs=work.max_seqs,
-        chunk=work.chunk,
-        max_chunks=work.max_chunks,
+        list_size=work.chunks.shape[1],
+        chunk=setting.chunk,
+        max_chunks=setting.max_chunks,
         num_windows=len(work.windows),
         windows=work.window_sizes.data_ptr(),
         chunks=work.chunks.data_ptr(),

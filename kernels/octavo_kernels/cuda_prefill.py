@@ -5,23 +5,20 @@ from __future__ import annotations
 import torch
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels.native import Unserved, address, stream_of, type_code
+from octavo_kernels.attention_settings import PrefillSetting, prefill_setting
+from octavo_kernels.native import Unserved, address, profile, stream_of, type_code
 from octavo_kernels.reference import Variant
 
 _ALIGNMENT = 16  # bytes
-# Where few tiles leave the device idle, their keys are split into spans of so many or more.
-MIN_SPAN = 512
-# Hopper's own kernel, for tiles of 128 rows and head dims 64 and 128.
-WARPGROUPS = False
 
 
 class PrefillPlan:
     """Which block of the GPU attends to what, for the sequences after the first `num_decodes`.
 
     The same for all layers of a step, whatever their windows. `query_start` and `seq_lens` may
-    change on the device until the plan is made, by the stream; it is fixed then. With `min_span` 0
-    and no `warpgroups` a query's bits depend on its own keys alone; otherwise also on how full the
-    step is and how long its longest chunk.
+    change on the device until the plan is made, by the stream; it is fixed then. Without a
+    `setting` one is chosen by the lengths, of which `max_seq_len` is the longest sequence's; under
+    the deterministic profile a query's bits depend on its own keys alone.
     """
 
     def __init__(  # noqa: PLR0913 (a step's numbers, all by name)
@@ -35,19 +32,21 @@ class PrefillPlan:
         dim: int,
         num_decodes: int = 0,
         max_query_len: int | None = None,
-        min_span: int = MIN_SPAN,
-        warpgroups: bool = WARPGROUPS,
+        max_seq_len: int | None = None,
+        setting: PrefillSetting | None = None,
     ) -> None:
+        longest = tokens - num_decodes if max_query_len is None else max_query_len
+        setting = setting or prefill_setting(longest, max_seq_len, profile.deterministic)
         self._step = _cuda.PrefillStep(
             tokens=tokens,
             seqs=len(seq_lens),
             num_decodes=num_decodes,
-            max_query_len=tokens - num_decodes if max_query_len is None else max_query_len,
+            max_query_len=longest,
             heads=heads,
             kv_heads=kv_heads,
             dim=dim,
-            min_span=min_span,
-            warpgroups=warpgroups,
+            min_span=setting.min_span,
+            warpgroups=setting.warpgroups,
         )
         device = seq_lens.device
         # Held as long as the plan is: the kernels have their addresses.

@@ -4,26 +4,15 @@ import pytest
 import torch
 
 from octavo_kernels import ops
-from octavo_kernels.attention_work import max_chunks_of
+from octavo_kernels.attention_settings import DecodeSetting
 
 SIZES = {"max_seqs": 4, "heads": 8, "kv_heads": 2, "dim": 64, "device": "cpu"}
 
 
-@pytest.mark.parametrize(
-    ("max_seq_len", "kv_heads", "chunk", "chunks"),
-    [
-        (1, 8, 256, 1), (256, 8, 256, 1), (257, 8, 256, 2), (1024, 8, 256, 4), (8192, 8, 256, 32),
-        (131072, 8, 256, 64), (131072, 1, 256, 128), (131072, 32, 256, 32), (131072, 8, 512, 64),
-    ],
-)  # fmt: skip
-def test_chunks_are_enough_to_fill_a_gpu_and_no_more(max_seq_len, kv_heads, chunk, chunks) -> None:
-    assert max_chunks_of(max_seq_len, kv_heads, chunk) == chunks
-
-
-@pytest.mark.parametrize("chunk", [0, 32, 100, 257])
-def test_a_chunk_is_a_power_of_two(chunk) -> None:
-    with pytest.raises(ValueError, match="chunk must be a power of two of 64 or more"):
-        ops.attention_work(**SIZES, max_seq_len=100, chunk=chunk)
+@pytest.mark.parametrize("chunk", [-64, 0, 32, 100, 257])
+def test_a_chunk_has_as_many_tokens_for_each_warp(chunk) -> None:
+    with pytest.raises(ValueError, match="chunk must be a multiple of 64"):
+        ops.attention_work(**SIZES, max_seq_len=100, setting=DecodeSetting(chunk, 1))
 
 
 @pytest.mark.parametrize("windows", [(), (0, -1)])
@@ -47,6 +36,7 @@ def test_a_cpu_takes_no_notice_of_work(name) -> None:
     work = ops.attention_work(**SIZES, max_seq_len=100, windows=(0, 0, 8))
     assert work.windows == (0, 8)
     assert work.values.numel() == 0
+    assert work.nbytes == 4 * (len(work.windows) * 2 + 1)
     with ops.forced(name):
         ops.plan_attention(work, arguments[-1], 2)
         plain = ops.paged_attention(*arguments, 0.125)

@@ -5,6 +5,7 @@ The inputs are hostile: whatever the kernels must not read is NaN or an absurd i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ import torch
 from gpu import needs_gpu
 
 from octavo_kernels import ops
+from octavo_kernels.attention_settings import DecodeSetting
 
 pytestmark = [
     needs_gpu,
@@ -200,14 +202,26 @@ def test_window_softcap_and_sinks(variant, dim, block_size) -> None:
     check(inputs, attend(inputs, work_for(case, windows=(0, variant.window))))
 
 
-@pytest.mark.parametrize("chunk", [64, 128, 256, 512])
+@pytest.mark.parametrize(("chunk", "most"), [(64, 1), (64, 33), (128, 66), (256, 7), (1024, 32)])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("blocks_per_sm", [1, 2, 3])
-def test_every_tuning_is_attention(chunk, stages, blocks_per_sm) -> None:
-    case = Case(dim=64)
-    inputs, work = make(case), work_for(case, chunk=chunk)
-    work.stages, work.blocks_per_sm = stages, blocks_per_sm
-    check(inputs, attend(inputs, work))
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_setting_is_attention(chunk, most, stages, blocks_per_sm, dim) -> None:
+    case = Case(dim=dim)
+    setting = DecodeSetting(chunk, most, stages, blocks_per_sm)
+    inputs = make(case)
+    check(inputs, attend(inputs, work_for(case, setting=setting)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 131, 140])
+def test_one_work_serves_steps_of_few_and_of_many(rows) -> None:
+    """Up to 16 decodes, more, and so many that they fill the device: three ways to cut."""
+    whole = Case((40, 700, 3000, 1, 0, 130, 8000) * 20)
+    work = work_for(whole, windows=(0, 100))
+    for window in (0, 100):
+        variant = ops.Variant(window=window)
+        inputs = make(replace(whole, lengths=whole.lengths[:rows], variant=variant))
+        check(inputs, attend(inputs, work))
 
 
 def test_without_work_one_is_made_for_the_call() -> None:
@@ -223,6 +237,14 @@ def test_many_short_sequences() -> None:
     check(inputs, attend(inputs, work_for(case)))
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    ops.deterministic(True)
+    yield
+    ops.deterministic(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_bits_do_not_depend_on_batch_mates_or_on_who_does_the_work() -> None:
     case = Case(heads=16, kv_heads=2)
     inputs = make(case)
@@ -245,10 +267,23 @@ def test_bits_do_not_depend_on_batch_mates_or_on_who_does_the_work() -> None:
     )
     assert torch.equal(attend(turned, work_for(case, max_seqs=99)).flip(0), together)
     for stages, blocks_per_sm in ((1, 1), (2, 2), (4, 1)):
-        work = work_for(case)
-        work.stages, work.blocks_per_sm = stages, blocks_per_sm
-        assert torch.equal(attend(inputs, work), together)
+        cut = work_for(case).settings[len(case.lengths)]
+        setting = replace(cut, stages=stages, blocks_per_sm=blocks_per_sm)
+        assert torch.equal(attend(inputs, work_for(case, setting=setting)), together)
+    many = Case(case.lengths * 15, heads=16, kv_heads=2)  # cut as few are
+    assert torch.equal(attend(repeated(inputs, 15), work_for(many))[: len(together)], together)
     assert all(torch.equal(attend(inputs, work_for(case)), together) for _ in range(20))
+
+
+def repeated(inputs: Inputs, times: int) -> Inputs:
+    rows = len(inputs.seq_lens) * times
+    return replace(
+        inputs,
+        query=inputs.query.repeat(times, 1, 1),
+        block_tables=inputs.block_tables.repeat(times, 1),
+        query_start=torch.arange(rows + 1, dtype=torch.int32, device="cuda"),
+        seq_lens=inputs.seq_lens.repeat(times),
+    )
 
 
 def test_a_graph_serves_every_length() -> None:
@@ -292,9 +327,10 @@ def attend_planned(inputs: Inputs, work: ops.AttentionWork) -> torch.Tensor:
 def cuts(length: int, window: int, chunk: int, max_chunks: int) -> list[tuple[int, int, int, int]]:
     """Begin, end, index and count of a sequence's chunks: brute force of decode_plan.cu."""
     first = max(0, length - window) if window else 0
-    origin, size = first // 16 * 16, chunk
-    while -(-(length - origin) // size) > max_chunks:
-        size *= 2
+    origin = first // 16 * 16
+    size = chunk
+    while size * max_chunks < length - origin:
+        size += 64
     begins = list(range(origin, length, size)) or [0]
     ends = [*begins[1:], length]
     return [
@@ -304,21 +340,23 @@ def cuts(length: int, window: int, chunk: int, max_chunks: int) -> list[tuple[in
 
 
 @pytest.mark.parametrize("max_seq_len", [64, 1000, 8192, 200000])
-def test_the_plan_covers_every_token_once_and_long_chunks_first(max_seq_len) -> None:
+@pytest.mark.parametrize("rows", [9, 60, 1500])
+def test_the_plan_covers_every_token_once_and_long_chunks_first(max_seq_len, rows) -> None:
     random = torch.Generator().manual_seed(max_seq_len)
-    lengths = torch.randint(0, max_seq_len + 1, (1500,), generator=random).tolist()
+    lengths = torch.randint(0, max_seq_len + 1, (rows,), generator=random).tolist()
     lengths[:6] = [0, 1, 16, 17, max_seq_len, 3 * max_seq_len]
     windows = (0, 1, 40, 4096)
     case = Case(tuple(lengths), heads=2, dim=64)
     work = work_for(case, max_seq_len=max_seq_len, windows=windows)
     ops.plan_attention(work, torch.tensor(lengths, dtype=torch.int32, device="cuda"), len(lengths))
+    assert work.decode is not None
     for at, window in enumerate(windows):
         rows = work.chunks[at, : work.counts[at]].tolist()
         got = [(s, begin, end, w & 0xFFFF, w >> 16) for s, begin, end, w in rows]
         right = [
             (s, *cut)
             for s, length in enumerate(lengths)
-            for cut in cuts(length, window, work.chunk, work.max_chunks)
+            for cut in cuts(length, window, work.decode.chunk, work.decode.max_chunks)
         ]
         assert sorted(got) == sorted(right)
         sizes = [end - begin for _, begin, end, _, _ in got]
@@ -334,6 +372,8 @@ def test_work_that_does_not_fit_the_call_is_refused() -> None:
         attend(inputs, work_for(case, windows=(8,)))
     with pytest.raises(ValueError, match="the work is for 5 sequences and heads"):
         attend(inputs, work_for(replace(case, heads=4)))
+    with pytest.raises(ValueError, match="the work has no plan for decodes"):
+        attend_planned(inputs, work_for(case))
 
 
 def test_what_no_kernel_serves_runs_as_the_reference() -> None:

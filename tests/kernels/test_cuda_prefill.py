@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octavo_kernels import ops
+from octavo_kernels.attention_settings import PrefillSetting
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in ops.implementations("cuda") or not torch.cuda.is_available(),
@@ -102,8 +103,7 @@ def plan_of(case: Case, inputs: Inputs):
         dim=case.dim,
         num_decodes=case.num_decodes,
         max_query_len=max((new for new, _ in case.sequences[case.num_decodes :]), default=0),
-        min_span=case.min_span,
-        warpgroups=case.warpgroups,
+        setting=PrefillSetting(case.min_span, case.warpgroups),
     )
 
 
@@ -267,6 +267,50 @@ def test_warpgroups_write_zeros_for_padding() -> None:
     got = attend(case, inputs)
     assert not got[:140].isnan().any()
     assert torch.equal(got[140:], torch.zeros_like(got[140:]))
+
+
+@needs_hopper
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize(("new", "total"), [(64, 64), (64, 400), (200, 200), (200, 3000)])
+def test_what_is_fastest_is_attention(new, total, dim) -> None:
+    """By the operation, as layers call it, with a plan and without one."""
+    case = Case(((1, 300), (new, total), (3, 40)), dim=dim, num_decodes=1)
+    inputs = make(case)
+    wanted = torch.cat(exact(case, inputs))
+    work = ops.attention_work(
+        max_seqs=4, max_seq_len=3000, heads=case.heads, kv_heads=case.kv_heads, dim=dim,
+        device="cuda",
+    )  # fmt: skip
+    ops.plan_attention(
+        work, inputs.seq_lens, 1, query_start=inputs.query_start, tokens=len(inputs.query),
+        max_query_len=new, max_seq_len=total,
+    )  # fmt: skip
+    assert work.prefill is not None
+    assert work.prefill.warpgroups == (dim != 80 and (new, total) != (64, 64))
+    with ops.forced("cuda"):
+        for planned in (work, None):
+            got = ops.paged_attention(
+                inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_tables,
+                inputs.query_start, inputs.seq_lens, dim**-0.5, num_decodes=1, max_query_len=new,
+                work=planned,
+            )  # fmt: skip
+            torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_under_the_deterministic_profile_neither_spans_nor_warpgroups_are_used() -> None:
+    from octavo_kernels.cuda_prefill import PrefillPlan
+
+    case = Case(((200, 3000),))
+    inputs = make(case)
+    sizes = {"tokens": 200, "heads": case.heads, "kv_heads": case.kv_heads, "dim": case.dim}
+    assert PrefillPlan(inputs.query_start, inputs.seq_lens, **sizes).splits
+    ops.deterministic(True)
+    try:
+        plan = PrefillPlan(inputs.query_start, inputs.seq_lens, **sizes)
+    finally:
+        ops.deterministic(False)
+    assert not plan.splits
+    assert not plan.warpgroups
 
 
 def test_decodes_are_left_alone() -> None:

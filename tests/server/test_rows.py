@@ -174,6 +174,9 @@ def check(device: Device, inputs, full) -> None:
     assert inputs.num_sequences == len(full)
     assert inputs.num_decodes == sum(len(s.token_ids) == 1 for _, s in full)
     assert inputs.max_query_len == max(len(s.token_ids) for _, s in full)
+    chunks = [s for _, s in full if len(s.token_ids) > 1]
+    if chunks:
+        assert inputs.max_chunk_end >= max(s.start + len(s.token_ids) for s in chunks)
     where = {index: place for place, index in enumerate(order)}
     assert list(inputs.drawn) == [where[i] for i, (_, s) in enumerate(full) if s.samples]
     for place, index in enumerate(order):

@@ -21,14 +21,14 @@ struct DecodeWork {
   DecodePlan plan{};
   DecodeWorkspace workspace{};
 
-  DecodeWork(int32_t max_seqs, int32_t chunk, int32_t max_chunks, int32_t num_windows,
+  DecodeWork(int32_t list_size, int32_t chunk, int32_t max_chunks, int32_t num_windows,
              Address windows, Address chunks, Address counts, Address ticket, Address arrivals,
              Address values, Address sums) {
     plan.windows = pointer<const int32_t>(windows);
     plan.num_windows = num_windows;
     plan.chunks = pointer<DecodeChunk>(chunks);
     plan.counts = pointer<int32_t>(counts);
-    plan.max_seqs = max_seqs;
+    plan.list_size = list_size;
     plan.chunking = {chunk, max_chunks};
     workspace.ticket = pointer<int32_t>(ticket);
     workspace.arrivals = pointer<int32_t>(arrivals);
@@ -72,7 +72,7 @@ void bind_decode(py::module_& m) {
   py::class_<DecodeWork>(m, "DecodeWork")
       .def(py::init<int32_t, int32_t, int32_t, int32_t, Address, Address, Address, Address,
                     Address, Address, Address>(),
-           named, "max_seqs"_a, "chunk"_a, "max_chunks"_a, "num_windows"_a, "windows"_a,
+           named, "list_size"_a, "chunk"_a, "max_chunks"_a, "num_windows"_a, "windows"_a,
            "chunks"_a, "counts"_a, "ticket"_a, "arrivals"_a, "values"_a, "sums"_a)
       .def("plan",
            [](const DecodeWork& work, Address seq_lens, int32_t num_decodes, Address stream) {

@@ -26,8 +26,8 @@ int most_shared(Kernel* kernel) {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(own.sharedSizeBytes);
 }
 
-// Two tiles in flight while one is worked on; small tiles want more of them.
-int stages_for(int64_t dim) { return dim >= 256 ? 2 : dim >= 128 ? 3 : 4; }
+// Deeper rings leave room for fewer blocks, which is slower; small tiles want more of them.
+int stages_for(int64_t dim) { return dim >= 128 ? 2 : 4; }
 
 int log2_of(int64_t power) {
   int log2 = 0;
@@ -48,10 +48,10 @@ DecodeTask task_of(const DecodeAttention& args, const DecodePlan& plan,
   task.token_bytes = uint32_t(args.kv_heads * args.dim * 2);
   task.out = args.out;
   task.sinks = args.sinks;
-  task.chunks = plan.chunks + int64_t(args.window) * plan.max_seqs * plan.chunking.max_chunks;
+  task.chunks = plan.chunks + int64_t(args.window) * plan.list_size;
   task.count = plan.counts + args.window;
   task.max_chunks = plan.chunking.max_chunks;
-  task.list_size = plan.max_seqs * plan.chunking.max_chunks;
+  task.list_size = plan.list_size;
   task.workspace = workspace;
   task.heads = int(args.heads);
   task.group = int(args.heads / args.kv_heads);

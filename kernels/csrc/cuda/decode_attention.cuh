@@ -129,7 +129,7 @@ __device__ __forceinline__ void combine(const DecodeTask& task, const DecodeItem
     const int head = item.first_head + e / kDim, at = e % kDim;
     Share share;
     float total[4] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int c = 0; c < item.count; ++c) {
       const int64_t place = first + int64_t(c) * task.heads + head;
       const float2 one = __ldcg(reinterpret_cast<const float2*>(task.workspace.sums) + place);

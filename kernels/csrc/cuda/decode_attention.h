@@ -2,8 +2,9 @@
 //
 // A step is planned once, for all layers and on the device, then every layer runs over the same
 // plan; both have grids that no length changes, so that one captured graph serves every batch of
-// as many sequences. A sequence is cut into chunks whose size depends on its own length alone, so
-// that neither its batch mates nor their number change one bit of its result.
+// as many sequences. A sequence is cut into chunks whose size depends on its own length and the
+// plan's `Chunking` alone, so that with one chunking for all steps neither its batch mates nor
+// their number change one bit of its result.
 #pragma once
 
 #include "types.h"
@@ -14,8 +15,10 @@
 
 namespace octavo::cuda {
 
-// How a sequence is cut: into chunks of `chunk` tokens, which double until there are at most
-// `max_chunks` of them. Both powers of two, and chunk at least 64.
+constexpr int kChunkStep = 64;  // tokens: a tile of 16 for each of a block's warps
+
+// How a sequence is cut: into chunks of `chunk` tokens, or where that were more than `max_chunks`
+// into so many of equal size, rounded up to kChunkStep. `chunk` is a multiple of kChunkStep.
 struct Chunking {
   int32_t chunk, max_chunks;
 };
@@ -30,18 +33,18 @@ struct alignas(16) DecodeChunk {
 struct DecodePlan {
   const int32_t* windows;  // [num_windows]; 0 is none
   int32_t num_windows;
-  DecodeChunk* chunks;     // [num_windows, max_seqs * max_chunks], the longest first
+  DecodeChunk* chunks;     // [num_windows, list_size], the longest first
   int32_t* counts;         // [num_windows]
-  int32_t max_seqs;
+  int32_t list_size;       // at least num_decodes * max_chunks
   Chunking chunking;
 };
 
 // What the layers hand each other; each leaves `arrivals` and `ticket` zero, as it found them.
 struct DecodeWorkspace {
   int32_t* ticket;    // [1]
-  int32_t* arrivals;  // [max_seqs * kv_heads * row tiles]
-  float* values;      // [max_seqs * max_chunks, heads, dim]: weighted values, not yet divided
-  float* sums;        // [max_seqs * max_chunks, heads, 2]: largest score (log2), sum of weights
+  int32_t* arrivals;  // [num_decodes * kv_heads * row tiles]
+  float* values;      // [num_decodes * max_chunks, heads, dim]: weighted values, not yet divided
+  float* sums;        // [num_decodes * max_chunks, heads, 2]: largest score (log2), sum of weights
 };
 
 struct DecodeAttention {

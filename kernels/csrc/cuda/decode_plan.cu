@@ -25,8 +25,8 @@ struct Cut {
     first = window > 0 ? max(end - window, 0) : 0;
     // Chunks begin where tiles do; the first key that is seen may lie within a tile.
     const int tokens = end - first / 16 * 16;
-    size = chunking.chunk;
-    while ((tokens + size - 1) / size > chunking.max_chunks) size *= 2;
+    const int least = (tokens + chunking.max_chunks - 1) / chunking.max_chunks;
+    size = max(chunking.chunk, (least + kChunkStep - 1) / kChunkStep * kChunkStep);
     count = max(1, (tokens + size - 1) / size);
   }
   __device__ int begin(int index) const { return max(first, first / 16 * 16 + index * size); }
@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kThreads)
     plan.counts[blockIdx.x] = sum;
   }
   __syncthreads();
-  DecodeChunk* chunks =
-      plan.chunks + int64_t(blockIdx.x) * plan.max_seqs * plan.chunking.max_chunks;
+  DecodeChunk* chunks = plan.chunks + int64_t(blockIdx.x) * plan.list_size;
   for (int s = threadIdx.x / 32; s < num_decodes; s += kThreads / 32) {
     const Cut cut(seq_lens[s], window, plan.chunking);
     int whole = 0, last = 0;

@@ -259,6 +259,7 @@ class DeviceSteps:
             query_start=starts[: size + 1],
             tokens=inputs.num_tokens,
             max_query_len=inputs.max_query_len,
+            max_seq_len=inputs.max_chunk_end,
         )
         batch = self._batch(inputs, starts, logit_rows)
         hidden = self._model.hidden(batch, self._kv_cache)

@@ -76,8 +76,9 @@ class StepInputs:
     """One step as the device sees it.
 
     The batch is the plan's rows, then its chunks of one token, then the longer ones; the first
-    `num_decodes` sequences have one token each. `drawn` are the places in the batch of what the
-    plan wants tokens of, and `prompt_rows` those of the tokens whose logits are wanted for the
+    `num_decodes` sequences have one token each, and of the chunks none ends behind position
+    `max_chunk_end` of its sequence. `drawn` are the places in the batch of what the plan wants
+    tokens of, and `prompt_rows` those of the tokens whose logits are wanted for the
     log-probabilities of prompts, in the plan's order. `sent` has to be on the device before.
     `fresh` are the rows of new sequences whose logits are adjusted.
     """
@@ -90,6 +91,7 @@ class StepInputs:
     sent: list[Stretch] = field(default_factory=list)
     prompt_rows: list[int] = field(default_factory=list)
     fresh: list[tuple[int, ScheduledSequence]] = field(default_factory=list)
+    max_chunk_end: int | None = None
 
     @property
     def has_chunks(self) -> bool:
@@ -275,6 +277,7 @@ class RowTable:
             drawn=[*range(count), *(places[i] for i, s in enumerate(plan.chunks) if s.samples)],
             sent=sent,
             prompt_rows=prompt_rows,
+            max_chunk_end=max(share.start + len(share.token_ids) for share in plan.chunks),
         )
 
 
