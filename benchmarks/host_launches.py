@@ -1,7 +1,8 @@
-"""What a GPU's step costs the host before the driver: a whole step, with kernels that do nothing.
+"""What a GPU's step costs the host: a whole step of a thin model, whose kernels have little to do.
 
-Runs anywhere: tensors lie in host memory, and `_cuda`'s functions return at once. What is left is
-Python's and torch's share of each launch; the driver's own, some 3 to 5 µs each, comes on top.
+Without a GPU tensors lie in host memory and `_cuda`'s functions return at once: what is left is
+Python's and torch's share. With one it is all that `submit` takes, and what the parts of a quiet
+step take of it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from octavo.core.step import Rows, ScheduledSequence, StepPlan
 from octavo.engine.device import DeviceSteps
-from octavo.engine.graphs import Direct
+from octavo.engine.gpu import Gpu
+from octavo.engine.graphs import CudaGraphs, Direct
 from octavo.engine.lane import HostLane
 from octavo.engine.rows import StateLayout
 from octavo.engine.workspace import Workspace
@@ -82,11 +85,14 @@ def pretend() -> Launches:
             answer = questions.get(name)
             fake = launches.function(name) if answer is None else _answering(answer)
             setattr(_cuda, name, fake)
-    _cuda.DecodeWork = launches.work("DecodeWork")  # type: ignore[misc]
-    _cuda.PrefillStep = launches.work("PrefillStep")  # type: ignore[misc]
+    compiled: Any = _cuda
+    compiled.DecodeWork = launches.work("DecodeWork")
+    compiled.PrefillStep = launches.work("PrefillStep")
     dispatch._back_ends["cpu"] = cuda
-    torch._C._cuda_getCurrentRawStream = lambda _: 0
-    cuda_lt._algorithm = lambda _size: b""
+    python: Any = torch._C
+    python._cuda_getCurrentRawStream = lambda _device: 0
+    products: Any = cuda_lt
+    products._algorithm = lambda _size: b""
     return launches
 
 
@@ -94,19 +100,44 @@ def _answering(answer: object) -> Callable[..., object]:
     return lambda *_args, **_named: answer
 
 
-def device_steps() -> DeviceSteps:
-    """A decoder's steps on the device that is none."""
-    device = torch.device("cpu")
+def model_on(device: torch.device) -> Decoder:
+    """A thin decoder with weights of any kind."""
     parameters = empty_parameters(SPEC, dtype=torch.bfloat16, device=device)
-    model = Decoder(SPEC, parameters, max_positions=2048, device=device)
-    space = Workspace(model, StateLayout(MAX_ROWS, 128, MAX_TOKENS), BLOCK_SIZE, device)
+    for weight in parameters.values():
+        weight.fill_(0.01)
+    return Decoder(SPEC, parameters, max_positions=2048, device=device)
+
+
+def cache_on(device: torch.device, model: Decoder) -> torch.Tensor:
+    """A cache for the plans below."""
     shape = (model.layout.layers_per_group, 2, 512, BLOCK_SIZE, SPEC.num_kv_heads, SPEC.head_dim)
-    cache = torch.zeros(shape, dtype=torch.bfloat16)
+    return torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+
+def steps_without_gpu(*, quiet: bool) -> DeviceSteps:
+    """A decoder's steps on the device that is none; the graph of a quiet step does nothing."""
+    device = torch.device("cpu")
+    model = model_on(device)
     model._product = ops.linear
-    return DeviceSteps(
-        model, cache, space, HostLane(), lambda step, _: Direct(step, MAX_ROWS),
+    space = Workspace(model, StateLayout(MAX_ROWS, 128, MAX_TOKENS), BLOCK_SIZE, device)
+    steps = DeviceSteps(
+        model, cache_on(device, model), space, HostLane(), lambda step, _: Direct(step, MAX_ROWS),
         eos_token_ids=(), seed=0,
     )  # fmt: skip
+    if quiet:
+        steps._graphs = Direct(lambda _size: None, MAX_ROWS)
+    return steps
+
+
+def steps_on_gpu() -> DeviceSteps:
+    """A decoder's steps as they are served."""
+    device = torch.device("cuda", 0)
+    model = model_on(device)
+    gpu = Gpu(
+        model, device=device, block_size=BLOCK_SIZE, max_model_len=2048, max_num_seqs=MAX_ROWS,
+        max_num_tokens=MAX_TOKENS, eager=False,
+    )  # fmt: skip
+    return gpu.steps(cache_on(device, model), (), 0)
 
 
 def chunk_plan(number: int) -> StepPlan:
@@ -133,39 +164,82 @@ def decode_plans() -> list[StepPlan]:
     return [first, *[StepPlan(rows=Rows(MAX_ROWS))] * STEPS]
 
 
-def measure(steps: DeviceSteps, plans: list[StepPlan], launches: Launches) -> None:
-    """Print the median step; the first few fill tables and are not counted."""
+def measure(steps: DeviceSteps, plans: list[StepPlan], launches: Launches | None) -> None:
+    """Print the median of `submit`; the first few steps fill tables and are not counted."""
     seconds, counted = [], 0
     for plan in plans:
-        launches.calls.clear()
+        before = ops.calls.total()
+        if launches is not None:
+            launches.calls.clear()
         begin = time.perf_counter()
-        steps.submit(plan).result()
+        step = steps.submit(plan)
         seconds.append(time.perf_counter() - begin)
-        counted = launches.calls.total()
+        step.result()
+        counted = ops.calls.total() - before if launches is None else launches.calls.total()
     median = statistics.median(seconds[5:])
     each = f", {1e6 * median / counted:.1f} us each" if counted else ""
-    print(f"{1e3 * median:.2f} ms, {counted} launches{each}")
+    print(f"{1e3 * median:.3f} ms, {counted} operations{each}")
+
+
+def parts_of_a_quiet_step(steps: DeviceSteps) -> None:
+    """Print what its parts take, each in microseconds, on a GPU that idles or that is busy."""
+    lane, tokens = steps._lane, steps._space.drawn[0, :MAX_ROWS]
+    graphs = steps._graphs
+    assert isinstance(graphs, CudaGraphs)
+    with lane.scope(), torch.inference_mode():
+        for size in (MAX_ROWS, MAX_ROWS - 8):
+            graphs.run(size)
+    this, other = (graphs._graphs[size] for size in (MAX_ROWS, MAX_ROWS - 8))
+    small = np.zeros(64, dtype=np.int32)
+
+    def fetch() -> None:
+        lane.fetch(tokens).wait()
+
+    def in_scope() -> None:
+        with lane.scope(), torch.inference_mode():
+            pass
+
+    with lane.scope(), torch.inference_mode():
+        print_part("scope", in_scope, lambda: None)
+        print_part("send", lambda: lane.send(small), lambda: None)
+        print_part("fetch and wait", fetch, lambda: None)
+        print_part("replay, GPU idle", this.replay, lambda: None)
+        print_part("replay behind the same graph", this.replay, this.replay)
+        print_part("replay behind another graph", this.replay, other.replay)
+        print_part("wait for a replay", torch.cuda.synchronize, this.replay)
+
+
+def print_part(name: str, part: Callable[[], object], first: Callable[[], object]) -> None:
+    """Time `part` right after `first`, each time on a GPU that had nothing to do."""
+    seconds = []
+    for _ in range(STEPS):
+        torch.cuda.synchronize()
+        first()
+        begin = time.perf_counter()
+        part()
+        seconds.append(time.perf_counter() - begin)
+    print(f"  {name}: {1e6 * statistics.median(seconds):.0f} us")
 
 
 def main() -> None:
-    """Steps with prompts, quiet steps whose graph does nothing, and a profile where it is asked."""
+    """Steps with prompts, quiet steps, and a profile where it is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", action="store_true")
     profiled = parser.parse_args().profile
     torch.set_num_threads(1)
-    launches = pretend()
+    on_gpu = torch.cuda.is_available()
+    launches = None if on_gpu else pretend()
     kinds = {
         "with prompts": [chunk_plan(i) for i in range(STEPS)],
         "quiet": decode_plans(),
     }
     for name, plans in kinds.items():
-        steps = device_steps()
-        if name == "quiet":
-            steps._decode = lambda _size: None
-            steps._graphs = Direct(steps._decode, MAX_ROWS)
+        steps = steps_on_gpu() if on_gpu else steps_without_gpu(quiet=name == "quiet")
         print(name, end=": ", flush=True)
         if not profiled:
             measure(steps, plans, launches)
+            if on_gpu and name == "quiet":
+                parts_of_a_quiet_step(steps)
             continue
         with cProfile.Profile() as profile:
             for plan in plans:
