@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -56,6 +56,7 @@ class EngineConfig:
     seed: int = 0
     num_threads: int | None = None
     trust_remote_code: bool = False
+    hf_overrides: dict[str, Any] | None = None
     load_format: str = "auto"
     enforce_eager: bool = False
     deterministic: bool = False
@@ -201,6 +202,12 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         help="dummy: random weights, config.json is all that is needed (default %(default)s)",
     )
     add(
+        "--hf-overrides",
+        type=_json_object,
+        metavar="JSON",
+        help="an object whose values take the place of those in the model's config.json",
+    )
+    add(
         "--enforce-eager",
         action="store_true",
         help="capture no CUDA graphs: slower steps, for finding errors",
@@ -330,6 +337,15 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     _validate_engine(engine)
     _validate_serve(config)
     return config
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """A flag's value that is a JSON object."""
+    try:
+        value = msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object: {error}") from error
+    return value
 
 
 def _plain_name(config: EngineConfig) -> str:

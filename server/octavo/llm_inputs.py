@@ -88,7 +88,6 @@ _OWN = {"tokenizer", "skip_tokenizer_init", "chat_template", "max_logprobs"}
 _ACCEPTED: dict[str, tuple[object, ...]] = {
     "tokenizer_mode": ("auto",),
     "tensor_parallel_size": (1,),
-    "hf_overrides": (None, {}),
     "enable_prefix_caching": (None,),
 }
 

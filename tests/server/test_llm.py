@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import octavo
 from octavo import LLM, BeamSearchParams, SamplingParams
 from octavo.engine.loop import RunnerError
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, ModelError
 from octavo.kv_layout import KvGroups
 from octavo.kv_stats import KvMeter
 from octavo.llm_inputs import PromptError
@@ -222,6 +222,20 @@ def test_an_unknown_keyword_names_the_nearest(keyword, message):
 def test_a_wrong_value_is_named(keyword, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         LLM(str(MODEL), **keyword)
+
+
+def test_overrides_take_the_place_of_the_config_s_values():
+    overrides = {"max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1.5}}
+    plain = LLM(str(MODEL), device="cpu", num_kv_blocks=16, num_threads=1)
+    changed = LLM(str(MODEL), device="cpu", num_kv_blocks=16, num_threads=1, hf_overrides=overrides)
+    prompt, _, _ = expected(QUESTIONS[0])
+    (of_plain,) = plain.generate([prompt[:40]], GREEDY, use_tqdm=False)
+    (of_changed,) = changed.generate([prompt[:40]], GREEDY, use_tqdm=False)
+    assert of_plain.outputs[0].token_ids != of_changed.outputs[0].token_ids
+    with pytest.raises(PromptError, match="at most 63 leave room"):
+        changed.generate([[5] * 65], GREEDY)
+    with pytest.raises(ModelError, match=r"with overrides: num_hidden_layers must be an integer"):
+        LLM(str(MODEL), device="cpu", hf_overrides={"num_hidden_layers": "two"})
 
 
 def test_without_a_tokenizer_ids_go_in_and_out():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from octavo.config import EngineConfig, hub_settings, model_source
 from octavo.errors import ConfigError
@@ -29,16 +30,21 @@ def locate(
         parse_reference(config.model, config.revision),
         hub_settings(kind),
         lambda ratio: progress("fetch", ratio),
-        functools.partial(check_servable, trust_remote_code=code),
+        functools.partial(check_servable, trust_remote_code=code, hf_overrides=config.hf_overrides),
         code=code,
     )
     located(str(folder))
     return dataclasses.replace(config, model=str(folder), source="path", revision=None)
 
 
-def check_servable(folder: Path, *, trust_remote_code: bool = False) -> None:
+def check_servable(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    hf_overrides: Mapping[str, Any] | None = None,
+) -> None:
     """Raise for a model that no weights could make servable, by its config.json alone."""
     # Late, since this brings torch, whose threads have to be bounded before it comes.
     from octavo.engine.model import check_config
 
-    check_config(folder, trust_remote_code=trust_remote_code)
+    check_config(folder, trust_remote_code=trust_remote_code, hf_overrides=hf_overrides)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,24 +84,35 @@ class CheckedModel:
 
 
 def check_config(
-    folder: Path, *, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> tuple[HfConfig, Family | None, DecoderSpec]:
     """Read config.json alone; raise for what no weights could make servable."""
-    config = read_config(folder)
+    config = read_config(folder, hf_overrides)
     family = native_family(config)
+    if family is None and hf_overrides:
+        raise UnsupportedModelError(f"--hf-overrides is for native models; {not_native(config)}")
     if family is None:
         return config, None, _by_transformers(folder, config, trust_remote_code)
     return config, family, family.translate(config)
 
 
 def check_model(
-    folder: Path, *, trust_remote_code: bool = False, random_seed: int | None = None
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    random_seed: int | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> CheckedModel:
     """Read config.json and the headers of the weights; raise what is wrong or not served.
 
     With a `random_seed` config.json is all that is read.
     """
-    config, family, spec = check_config(folder, trust_remote_code=trust_remote_code)
+    config, family, spec = check_config(
+        folder, trust_remote_code=trust_remote_code, hf_overrides=hf_overrides
+    )
     if random_seed is not None:
         if family is None:
             raise UnsupportedModelError(

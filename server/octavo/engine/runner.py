@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -81,6 +81,7 @@ class Runner:
         num_threads: int | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
+        hf_overrides: Mapping[str, Any] | None = None,
         load_format: str = "auto",
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
@@ -94,6 +95,7 @@ class Runner:
         model = check_model(
             folder,
             trust_remote_code=trust_remote_code,
+            hf_overrides=hf_overrides,
             random_seed=seed if load_format == "dummy" else None,
         )
         self.spec: DecoderSpec = model.spec

@@ -140,6 +140,7 @@ def start(
         num_threads=config.num_threads,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
+        hf_overrides=config.hf_overrides,
         load_format=config.load_format,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

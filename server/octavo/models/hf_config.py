@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,29 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def read_config(folder: Path) -> HfConfig:
-    """The folder's config.json."""
+def read_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> HfConfig:
+    """The folder's config.json, with `overrides` in place of its own values; null takes one away.
+
+    An override that is an object replaces only what it names.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder; a model is a folder with config.json in it")
     config = _read_object(folder / "config.json")
     if config is None:
         raise ModelError(f"config.json is missing in {folder}; is this the model's folder?")
-    return config
+    if not overrides:
+        return config
+    return HfConfig(f"{config.where} with overrides", _merged(config.values, overrides))
+
+
+def _merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in overrides.items():
+        own = merged.get(key)
+        if isinstance(own, dict) and isinstance(value, dict):
+            value = _merged(own, value)
+        merged[key] = value
+    return merged
 
 
 def read_eos_token_ids(folder: Path, config: HfConfig, vocab_size: int) -> tuple[int, ...]:
