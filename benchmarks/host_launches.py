@@ -186,7 +186,13 @@ def parts_of_a_quiet_step(steps: DeviceSteps) -> None:
     lane, tokens = steps._lane, steps._space.drawn[0, :MAX_ROWS]
     graphs = steps._graphs
     assert isinstance(graphs, CudaGraphs)
+    graphs._graphs.pop(MAX_ROWS)
     with lane.scope(), torch.inference_mode():
+        _cuda.set_overlap(False)
+        graphs.run(MAX_ROWS)
+        torch.cuda.synchronize()
+        apart = graphs._graphs.pop(MAX_ROWS)
+        _cuda.set_overlap(True)
         for size in (MAX_ROWS, MAX_ROWS - 8):
             graphs.run(size)
     this, other = (graphs._graphs[size] for size in (MAX_ROWS, MAX_ROWS - 8))
@@ -206,6 +212,7 @@ def parts_of_a_quiet_step(steps: DeviceSteps) -> None:
         print_part("replay, GPU idle", this.replay, lambda: None)
         print_part("replay behind the same graph", this.replay, this.replay)
         print_part("replay behind another graph", this.replay, other.replay)
+        print_part("replay of kernels that do not overlap", apart.replay, lambda: None)
         print_part("wait for a replay", torch.cuda.synchronize, this.replay)
 
 
