@@ -96,7 +96,7 @@ class Decoder:
         added to it by the norm that comes next, in one pass.
         """
         residual = self._embed(batch)
-        planes = kv_cache.flatten(0, 1).unbind()
+        planes = kv_cache.view(-1, *kv_cache.shape[2:]).unbind()
         x = self._layers(range(1), None, residual, batch, planes)
         # The first layer's checks hold for this batch, those of one whole pass for the weights.
         with ops.unchecked() if self._matched else contextlib.nullcontext():
