@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from octavo import cli
-from octavo.config import EngineConfig, cpu_limit, limit_threads, parse_serve_args
+from octavo.config import EngineConfig, limit_threads, parse_serve_args
+from octavo.cpus import cpu_limit
 from octavo.errors import ConfigError, ExitCode
 
 

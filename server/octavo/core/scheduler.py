@@ -256,7 +256,7 @@ class Scheduler:
 
     def _admit(self, draft: _Draft) -> None:
         roster = self._roster
-        if not self._worth_admitting(draft):
+        if not roster.waiting or not self._worth_admitting(draft):
             return
         while roster.waiting:
             group = roster.waiting.peek()
