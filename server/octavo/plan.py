@@ -91,6 +91,21 @@ def weights_bytes(folder: Path, dtype: str | None = None, *, tied: bool = False)
     return total
 
 
+# How far what an engine takes may lie from what the plan says.
+PLAN_TOLERANCE = 0.03
+
+
+def deviation(planned_bytes: int, taken_bytes: int) -> str | None:
+    """A sentence where an engine took more or less than planned by more than the tolerance."""
+    if abs(taken_bytes - planned_bytes) <= PLAN_TOLERANCE * planned_bytes:
+        return None
+    return (
+        f"weights and KV pool take {taken_bytes / MIB:.1f} MiB, but the memory plan says "
+        f"{planned_bytes / MIB:.1f} MiB: `octavo plan` is wrong about this model by more than "
+        f"{PLAN_TOLERANCE:.0%}; please report it with its config.json"
+    )
+
+
 def host_pool_bytes(available_bytes: int, utilization: float) -> int:
     """Bytes of host memory for the KV pool, of what is available after the weights are loaded.
 

@@ -207,6 +207,17 @@ def test_every_family_is_measured(name, tmp_path):
     check_against_engine(tiny_models.write(tiny, tiny_models.model_of(tiny), tmp_path), "float32")
 
 
+@pytest.mark.parametrize(("wrong", "says"), [(1.0, 0), (1.02, 0), (1.2, 1), (0.8, 1)])
+def test_a_running_engine_says_when_the_plan_is_wrong(wrong, says, tmp_path, monkeypatch, caplog):
+    folder = llama_checkpoints.write(tmp_path, llama_checkpoints.config())
+    real = plan.weights_bytes
+    monkeypatch.setattr(plan, "weights_bytes", lambda *a, **k: int(real(*a, **k) * wrong))
+    runner = Runner(str(folder), device="cpu", num_threads=1)
+    runner.allocate_kv(2)
+    found = [r.message for r in caplog.records if "memory plan says" in r.message]
+    assert len(found) == says
+
+
 def check_against_engine(folder, dtype):
     shape = read_shape(folder)
     runner = Runner(str(folder), device="cpu", dtype=dtype, num_threads=1)

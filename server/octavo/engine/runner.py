@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ from octavo.models.hf_config import read_eos_token_ids
 from octavo.models.spec import DecoderSpec
 from octavo_kernels import ops
 from octavo_kernels.cuda_errors import cuda_fault
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Report = Callable[[str, float], None]
@@ -116,6 +119,10 @@ class Runner:
             lambda done, all_: progress("weights", done / max(1, all_)),
         )
         self._progress = progress
+        self._planned_bytes: int | None = None  # for the weights, where headers tell it
+        if isinstance(self._decoder, Decoder) and load_format != "dummy":
+            tied = self.spec.tied_embeddings
+            self._planned_bytes = memory_plan.weights_bytes(folder, self.dtype_name, tied=tied)
         self._kv_cache: torch.Tensor | None = None
         self._steps: Steps | None = None
         self._gpu: Gpu | None = None
@@ -188,6 +195,7 @@ class Runner:
                 f"{self.device}; set --num-kv-blocks lower"
             ) from error
         self._kv_cache = kv_cache
+        self._compare_with_plan(num_blocks)
         if self._gpu is not None:
             self._steps = self._gpu.steps(kv_cache, self.eos_token_ids, self._seed)
         else:
@@ -195,6 +203,17 @@ class Runner:
                 self._decoder, kv_cache, len(self.kv_windows), self.eos_token_ids, self._seed
             )
         self._progress("cache", 1.0)
+
+    def _compare_with_plan(self, num_blocks: int) -> None:
+        """Log an error where the memory plan, on which users size their pods, is wrong."""
+        model = self._decoder
+        if self._planned_bytes is None or self._kv_cache is None or not isinstance(model, Decoder):
+            return
+        weights = sum(tensor.nbytes for tensor in model.parameters.values())
+        planned = self._planned_bytes + num_blocks * self.kv_bytes_per_block
+        problem = memory_plan.deviation(planned, weights + self._kv_cache.nbytes)
+        if problem is not None:
+            logger.error("%s", problem)
 
     def allocate_swap(self, num_blocks: int) -> float:
         """Make room for so many blocks in host memory; return the seconds that copying one takes.
