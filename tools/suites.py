@@ -45,8 +45,8 @@ CHECK = [
     Suite("imports", 20, [str(BIN / "lint-imports"), "--no-cache"]),
 ]
 # The inner loop takes both cores; `make test` takes one, for steadier times.
-QUICK_UNIT = Suite("unit", 110, [*UNIT, "-n", "2"])
-UNIT_SUITE = Suite("unit", 180, UNIT)
+QUICK_UNIT = Suite("unit", 150, [*UNIT, "-n", "2"])
+UNIT_SUITE = Suite("unit", 260, UNIT)
 BINARIES = Suite("binaries", 60, [*CLUSTER, "binaries"])
 CLUSTER_UP = Suite("cluster up", 60, [*CLUSTER, "up"])
 E2E = [
