@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from octavo.core.policy import PolicyFactory
-from octavo.cpus import cpu_limit
+from octavo.cpus import cpu_limit, text_of
 from octavo.errors import ConfigError
 from octavo.hub.repository import DEFAULT_TIMEOUT_S, HubSettings, looks_like_reference
 
@@ -32,8 +32,9 @@ class EngineConfig:
     """What the engine process needs to know; travels to it as JSON.
 
     None means that the engine decides once it knows the model and the device: `num_kv_blocks` from
-    memory, `max_model_len` from the model, `max_num_batched_tokens` 8192 (512 on the CPU),
-    `pipeline_depth` 2 (1 on the CPU), `num_threads` from the container's CPU limit.
+    memory, `max_model_len` from the model, `max_num_batched_tokens` from the device
+    (`token_budget`), `pipeline_depth` 2 (1 on the CPU), `num_threads` from the container's CPU
+    limit.
     """
 
     model: str
@@ -247,7 +248,8 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         "--max-num-batched-tokens",
         type=int,
         metavar="N",
-        help="tokens in one step (default 8192; 512 on the CPU)",
+        help=f"tokens in one step (default {_TOKEN_BUDGETS['cuda']}; "
+        f"{_TOKEN_BUDGETS['cpu']} on the CPU)",
     )
     add(
         "--scheduling-policy",
@@ -286,7 +288,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser, gpus: Sequence[str]) -> 
     add("--dtype", choices=DTYPES, default="auto", help="default: the model's")
     add("--max-model-len", type=int, metavar="TOKENS", help="default: the model's")
     add("--max-num-seqs", type=int, default=256, metavar="N", help="default %(default)s")
-    add("--max-num-batched-tokens", type=int, default=8192, metavar="N")
+    add("--max-num-batched-tokens", type=int, default=_TOKEN_BUDGETS["cuda"], metavar="N")
     add("--block-size", type=int, default=16, metavar="TOKENS", help="default %(default)s")
     add("--gpu-memory-utilization", type=float, default=0.90, metavar="RATIO")
     add("--json", action="store_true", help="print JSON")
@@ -387,7 +389,7 @@ def hub_settings(kind: str) -> HubSettings:
         kind,
         _endpoint(get("HF_ENDPOINT") or "huggingface.co"),
         Path(get("HF_HUB_CACHE") or home / "hub"),
-        get("HF_TOKEN") or _text(home / "token").strip() or None,
+        get("HF_TOKEN") or text_of(home / "token").strip() or None,
         offline=get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes"),
         timeout_s=_seconds("HF_HUB_DOWNLOAD_TIMEOUT", DEFAULT_TIMEOUT_S),
     )
@@ -480,13 +482,6 @@ def default_threads() -> int:
     """CPU threads where nobody said: OMP_NUM_THREADS if it is set, else the CPU limit."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) else cpu_limit()
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 if sys.platform != "linux":  # pragma: no cover

@@ -33,7 +33,7 @@ def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
     the mount's top folder is the container's own group.
     """
     folders = []
-    for line in _text(membership).splitlines():
+    for line in text_of(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             base = root
@@ -46,7 +46,8 @@ def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
     return folders
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A file's text; nothing where it cannot be read."""
     try:
         return path.read_text()
     except OSError:
@@ -54,5 +55,5 @@ def _text(path: Path) -> str:
 
 
 def _numbers(path: Path) -> list[float]:
-    words = _text(path).split()
+    words = text_of(path).split()
     return [float(w) for w in words if w.lstrip("-").isdigit()]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from octavo import cli
-from octavo.config import EngineConfig, limit_threads, parse_serve_args
+from octavo.config import EngineConfig, limit_threads, parse_serve_args, token_budget
 from octavo.cpus import cpu_limit
 from octavo.errors import ConfigError, ExitCode
 
@@ -184,3 +184,14 @@ def test_affinity_bounds_too(tmp_path, monkeypatch):
     tree(tmp_path, {"cpu.max": "400000 100000"})
     (tmp_path / "self").write_text("0::/\n")
     assert cpu_limit(tmp_path / "cgroup", tmp_path / "self") == 1
+
+
+def test_what_is_said_of_a_step_s_tokens_is_what_a_step_has(capsys):
+    """Help and memory plan name the budget that the engine takes."""
+    on_gpu, on_cpu = token_budget(None, "cuda"), token_budget(None, "cpu")
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"default {on_gpu}; {on_cpu} on the CPU" in words
+    args = cli.build_parser().parse_args(["plan", "m", "--gpu", "h100"])
+    assert args.max_num_batched_tokens == on_gpu
