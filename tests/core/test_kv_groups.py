@@ -5,7 +5,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from grouped_engine import TEXT, VOCAB, Engine, digests_of, sample
+from grouped_engine import TEXT, Engine, digests_of, run_traffic, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -328,28 +328,7 @@ def test_random_traffic_preempts_hits_and_keeps_its_tokens():
             budget=budget, seqs=6, context=rng.choice([40, 90]), caching=rng.random() < 0.7,
             policy=rng.choice(["fcfs", "priority"]), depth=rng.choice([1, 2]),
         )  # fmt: skip
-        wanted, aborted = {}, set()
-        for i in range(rng.randint(4, 12)):
-            prompt = TEXT[: rng.randint(1, 30)] + [rng.randrange(VOCAB)] * rng.randint(0, 4)
-            n, count = rng.choice([1, 1, 2, 3]), rng.randint(1, 50)
-            try:
-                engine.add(f"r{i}", prompt, count, n)
-            except RequestError:
-                continue
-            room = engine.scheduler._roster.by_request[f"r{i}"].lead.max_new_tokens
-            wanted |= {(f"r{i}", b): sample(prompt, b, min(room, count)) for b in range(n)}
-            for _ in range(rng.randint(0, 3)):
-                engine.step()
-            if rng.random() < 0.2:
-                victim = f"r{rng.randint(0, i)}"
-                aborted.update(
-                    (victim, u.index) for u in engine.scheduler.abort(victim, rng.choice([None, 0]))
-                )
-        engine.finish()
-        for key, tokens in wanted.items():
-            got = engine.outputs.get(key, [])
-            assert got == tokens[: len(got)]
-            assert len(got) == len(tokens) or key in aborted
+        run_traffic(engine, rng)
         preemptions += engine.scheduler.counters.preemptions
         copies += engine.scheduler.counters.copies
         hits += engine.scheduler.prefix_cache.counters.hits

@@ -11,17 +11,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from gpu import needs_gpu
+from gpu import needs_gpu_kernels
 
 from octavo_kernels import ops
 from octavo_kernels.attention_settings import DecodeSetting
 
-pytestmark = [
-    needs_gpu,
-    pytest.mark.skipif(
-        "cuda" not in ops.implementations("cuda"), reason="octavo_kernels._cuda is not built"
-    ),
-]
+pytestmark = needs_gpu_kernels
 
 ABSURD_BLOCK = 2**30
 RAGGED = (1, 15, 0, 16, 17, 255, 256, 257, 0, 600, 4097)

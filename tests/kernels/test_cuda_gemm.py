@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from gpu import needs_gpu_kernels
 
 from octavo_kernels import ops
 
-pytestmark = pytest.mark.skipif(
-    "cuda" not in ops.implementations("cuda") or not torch.cuda.is_available(),
-    reason="needs a CUDA device and octavo_kernels._cuda",
-)
+pytestmark = needs_gpu_kernels
 
 DTYPES = [torch.bfloat16, torch.float16]
 # One rounding of the result, and for the fused ones of what lies between.

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from gpu import needs_gpu
 
 from octavo_kernels import ops
 
@@ -12,8 +13,6 @@ if "cuda" not in ops.implementations("cuda"):
 
 from octavo_kernels import cuda_lt
 from octavo_kernels.cuda_lt import Size
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SIZE = Size("bfloat16", False, 64, 32, 0)
 
@@ -77,7 +76,7 @@ def test_the_library_is_the_one_that_torch_brings() -> None:
     assert cuda_lt._cuda.lt_version() >= 130000
 
 
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_tuned_products_are_right(dtype, with_bias, tmp_path) -> None:
@@ -99,7 +98,7 @@ def test_tuned_products_are_right(dtype, with_bias, tmp_path) -> None:
             torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=0.1)
 
 
-@gpu
+@needs_gpu
 def test_under_the_deterministic_profile_no_row_depends_on_the_others() -> None:
     x = torch.randn(700, 1024, device="cuda", dtype=torch.bfloat16)
     ops.deterministic(True)

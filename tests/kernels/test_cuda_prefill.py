@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from gpu import needs_gpu_kernels
 
 from octavo_kernels import ops
 from octavo_kernels.attention_settings import PrefillSetting
 
-pytestmark = pytest.mark.skipif(
-    "cuda" not in ops.implementations("cuda") or not torch.cuda.is_available(),
-    reason="needs a CUDA device and octavo_kernels._cuda",
-)
+pytestmark = needs_gpu_kernels
 
 ABSURD_BLOCK = 2**30
 LENGTHS = (2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 300)

@@ -5,15 +5,13 @@ import math
 
 import pytest
 import torch
+from gpu import needs_gpu_kernels
 
 from octavo_kernels import ops, reference_sampling, sampling
 
 DEVICE = "cuda"
 
-pytestmark = pytest.mark.skipif(
-    "cuda" not in ops.implementations("cuda") or not torch.cuda.is_available(),
-    reason="needs a CUDA device and octavo_kernels._cuda",
-)
+pytestmark = needs_gpu_kernels
 
 GREEDY, PLAIN = (0.0, -1, 1.0, 0.0), (1.0, -1, 1.0, 0.0)
 # temperature, top_k, top_p, min_p

@@ -13,7 +13,7 @@ from fake_runner import RowMirror, next_token
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
-from octavo.core.request import Limits
+from octavo.core.request import Limits, RequestError
 from octavo.core.scheduler import Scheduler
 from octavo.core.step import StepPlan
 from octavo.core.swap import SwapSpace
@@ -171,3 +171,29 @@ def sample(prompt, branch, count):
     while len(tokens) < len(prompt) + count:
         tokens.append(next_token(tokens, VOCAB, branch))
     return tokens[len(prompt) :]
+
+
+def run_traffic(engine, rng):
+    """Adds, aborts and steps at random, to the end: who was not aborted has all of its tokens."""
+    wanted, aborted = {}, set()
+    for i in range(rng.randint(4, 12)):
+        prompt = TEXT[: rng.randint(1, 30)] + [rng.randrange(VOCAB)] * rng.randint(0, 4)
+        n, count = rng.choice([1, 1, 2, 3]), rng.randint(1, 50)
+        try:
+            engine.add(f"r{i}", prompt, count, n)
+        except RequestError:
+            continue
+        room = engine.scheduler._roster.by_request[f"r{i}"].lead.max_new_tokens
+        wanted |= {(f"r{i}", b): sample(prompt, b, min(room, count)) for b in range(n)}
+        for _ in range(rng.randint(0, 3)):
+            engine.step()
+        if rng.random() < 0.2:
+            victim = f"r{rng.randint(0, i)}"
+            aborted.update(
+                (victim, u.index) for u in engine.scheduler.abort(victim, rng.choice([None, 0]))
+            )
+    engine.finish()
+    for key, tokens in wanted.items():
+        got = engine.outputs.get(key, [])
+        assert got == tokens[: len(got)]
+        assert len(got) == len(tokens) or key in aborted
