@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
+from gpu import DEVICE, ENGINE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo import wire
@@ -93,7 +94,7 @@ SETTINGS = [
 def test_greedy_tokens_are_those_of_transformers(block_size, blocks, budget, seqs, preempts):
     config = EngineConfig(
         model=str(MODEL),
-        device="cpu",
+        **ENGINE,
         block_size=block_size,
         num_kv_blocks=blocks,
         max_num_batched_tokens=budget,
@@ -102,7 +103,7 @@ def test_greedy_tokens_are_those_of_transformers(block_size, blocks, budget, seq
         num_threads=1,
     )
     loop, ready = start(config, Reporter(lambda _: None))
-    assert (ready.device, ready.dtype) == ("cpu", "float32")
+    assert (ready.device, ready.dtype) == (DEVICE, "float32")
     loop.scheduler.output_lengths.mean = 1  # admit by hope, so that the pool runs out
     for question in QUESTIONS:
         loop.add(request(question))
@@ -121,7 +122,7 @@ def test_the_real_process_serves_the_real_model(tmp_path):
     requests, events = context.socket(zmq.PUSH), context.socket(zmq.PULL)
     requests.bind(f"ipc://{tmp_path}/requests.sock")
     events.bind(f"ipc://{tmp_path}/events.sock")
-    config = EngineConfig(model=str(MODEL), device="cpu", num_kv_blocks=64, num_threads=1)
+    config = EngineConfig(model=str(MODEL), num_kv_blocks=64, num_threads=1, **ENGINE)
     words = ["--socket-dir", str(tmp_path), "--config-json", config.to_json()]
     process = subprocess.Popen([sys.executable, "-m", "octavo.engine", *words])
     try:
@@ -139,7 +140,9 @@ def test_the_real_process_serves_the_real_model(tmp_path):
                 collect(message.outputs, results)
                 ended += sum(o.finish_reason is not None for o in message.outputs)
         assert results == {question: greedy(question) for question in QUESTIONS}
-        assert list(dict.fromkeys(phases)) == ["import", "check", "weights", "cache", "warmup"]
+        on_gpu = ["device"] if DEVICE == "cuda" else []
+        wanted = ["import", "check", "weights", *on_gpu, "cache", "warmup"]
+        assert list(dict.fromkeys(phases)) == wanted
         requests.send(wire.encoder.encode(wire.Stop()))
         assert process.wait(10) == 0
     finally:

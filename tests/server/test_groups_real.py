@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import ENGINE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo import wire
@@ -60,7 +61,7 @@ def beams_of_transformers(question, width, count, max_tokens, **settings):
 
 def make(**settings):
     defaults = {"block_size": 4, "num_kv_blocks": 400, "max_num_seqs": 16, "max_model_len": 128}
-    config = EngineConfig(model=str(MODEL), device="cpu", num_threads=1, **(defaults | settings))
+    config = EngineConfig(model=str(MODEL), num_threads=1, **(ENGINE | defaults | settings))
     return start(config, Reporter(lambda _: None))[0]
 
 

@@ -9,6 +9,7 @@ import random
 import pytest
 import tiny_models
 import torch
+from gpu import ENGINE
 
 from octavo import wire
 from octavo.config import EngineConfig
@@ -57,7 +58,7 @@ def model(request, tmp_path_factory):
 
 def make(folder, **settings):
     defaults = {"block_size": 4, "num_kv_blocks": 400, "max_num_seqs": 8, "max_model_len": 200}
-    config = EngineConfig(model=folder, device="cpu", num_threads=1, **(defaults | settings))
+    config = EngineConfig(model=folder, num_threads=1, **(ENGINE | defaults | settings))
     loop, _ = start(config, Reporter(lambda _: None))
     loop.scheduler.output_lengths.mean = 0
     loop.scheduler.output_lengths.observe = lambda _: None  # go on admitting by hope

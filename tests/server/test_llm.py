@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from gpu import ENGINE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import octavo
@@ -52,7 +53,7 @@ def expected(question):
 
 @cache
 def llm():
-    return LLM(str(MODEL), device="cpu", num_kv_blocks=96, max_num_seqs=8, num_threads=1)
+    return LLM(str(MODEL), num_kv_blocks=96, max_num_seqs=8, num_threads=1, **ENGINE)
 
 
 def run(prompts, params=GREEDY, **options):
@@ -226,8 +227,8 @@ def test_a_wrong_value_is_named(keyword, message):
 
 def test_overrides_take_the_place_of_the_config_s_values():
     overrides = {"max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1.5}}
-    plain = LLM(str(MODEL), device="cpu", num_kv_blocks=16, num_threads=1)
-    changed = LLM(str(MODEL), device="cpu", num_kv_blocks=16, num_threads=1, hf_overrides=overrides)
+    plain = LLM(str(MODEL), num_kv_blocks=16, num_threads=1, **ENGINE)
+    changed = LLM(str(MODEL), num_kv_blocks=16, num_threads=1, hf_overrides=overrides, **ENGINE)
     prompt, _, _ = expected(QUESTIONS[0])
     (of_plain,) = plain.generate([prompt[:40]], GREEDY, use_tqdm=False)
     (of_changed,) = changed.generate([prompt[:40]], GREEDY, use_tqdm=False)
@@ -235,12 +236,12 @@ def test_overrides_take_the_place_of_the_config_s_values():
     with pytest.raises(PromptError, match="at most 63 leave room"):
         changed.generate([[5] * 65], GREEDY)
     with pytest.raises(ModelError, match=r"with overrides: num_hidden_layers must be an integer"):
-        LLM(str(MODEL), device="cpu", hf_overrides={"num_hidden_layers": "two"})
+        LLM(str(MODEL), **ENGINE, hf_overrides={"num_hidden_layers": "two"})
 
 
 def test_without_a_tokenizer_ids_go_in_and_out():
     bare = LLM(
-        str(MODEL), device="cpu", num_kv_blocks=16, skip_tokenizer_init=True, num_threads=1,
+        str(MODEL), num_kv_blocks=16, skip_tokenizer_init=True, num_threads=1, **ENGINE,
         max_logprobs=2,
     )  # fmt: skip
     prompt, ids, _ = expected(QUESTIONS[0])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import ENGINE
 from transformers import AutoModelForCausalLM
 
 from octavo import wire
@@ -48,8 +49,9 @@ def requests(seeded: bool) -> list[wire.AddRequest]:
 
 def engine(block_size=16, blocks=256, budget=512, seqs=8):
     config = EngineConfig(
-        model=str(MODEL), device="cpu", block_size=block_size, num_kv_blocks=blocks,
+        model=str(MODEL), block_size=block_size, num_kv_blocks=blocks,
         max_num_batched_tokens=budget, max_num_seqs=seqs, max_model_len=96, num_threads=1,
+        **ENGINE,
     )  # fmt: skip
     loop, _ = start(config, Reporter(lambda _: None))
     loop.scheduler.output_lengths.mean = 1  # admit by hope, so that a small pool runs out

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from gpu import ENGINE
 
 from octavo import LLM, SamplingParams, wire
 from octavo.config import EngineConfig
@@ -41,8 +42,8 @@ def folder(request, tmp_path_factory):
 def run(folder, **settings):
     """All tokens, and the loop they came from; preempts as soon as the pool is full."""
     config = EngineConfig(
-        model=folder, device="cpu", num_threads=1, block_size=4, max_model_len=100, seed=3,
-        max_num_seqs=16, **settings,
+        model=folder, num_threads=1, block_size=4, max_model_len=100, seed=3,
+        max_num_seqs=16, **ENGINE, **settings,
     )  # fmt: skip
     loop, _ = start(config, Reporter(lambda _: None))
     loop.scheduler.output_lengths.mean = 0
@@ -104,20 +105,20 @@ def test_the_time_of_a_copy_is_measured_and_the_cache_stays():
 def test_a_swap_space_of_no_use_is_refused():
     with pytest.raises(ConfigError, match=r"--swap-space 1e-06 is 0\.001024 MiB, less than two KV"):
         start(
-            EngineConfig(model=str(MODEL), device="cpu", num_kv_blocks=8, swap_space=1e-6),
+            EngineConfig(model=str(MODEL), num_kv_blocks=8, swap_space=1e-6, **ENGINE),
             Reporter(lambda _: None),
         )
     with pytest.raises(DoesNotFitError, match=r"--swap-space takes 60000\.00 GiB of host memory"):
         start(
-            EngineConfig(model=str(MODEL), device="cpu", num_kv_blocks=8, swap_space=60000),
+            EngineConfig(model=str(MODEL), num_kv_blocks=8, swap_space=60000, **ENGINE),
             Reporter(lambda _: None),
         )
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="the tiny model is not there")
 def test_a_script_can_ask_for_swap_space():
-    llm = LLM(str(MODEL), device="cpu", num_kv_blocks=64, swap_space=1 / 64, num_threads=1)
+    llm = LLM(str(MODEL), num_kv_blocks=64, swap_space=1 / 64, num_threads=1, **ENGINE)
     swap = llm._loop.scheduler.swap
     assert swap.pool.num_blocks == GIB // 64 // llm._ready.kv_bytes_per_block - 1
     assert swap.recompute_seconds == llm._loop._step_time.added
-    assert LLM(str(MODEL), device="cpu", num_kv_blocks=64)._loop.scheduler.swap is None
+    assert LLM(str(MODEL), num_kv_blocks=64, **ENGINE)._loop.scheduler.swap is None
