@@ -105,6 +105,29 @@ def test_logits_are_those_of_transformers(changes, tmp_path) -> None:
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("few", [0, 2, 20])
+def test_the_last_layer_ends_with_the_rows_that_are_wanted(few, tmp_path, monkeypatch) -> None:
+    decoder = load_decoder(llama_checkpoints.write(tmp_path / "model"))
+    decoder._few_rows = few  # as on a GPU: none, the tail alone, all
+    prompt = torch.randint(0, 96, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = logits(decoder, prompt, 20)
+    spec = decoder.spec
+    cache = torch.full((spec.num_layers, 2, 7, 4, spec.num_kv_heads, spec.head_dim), float("nan"))
+    sequence = ScheduledSequence(0, prompt, 0, [6, 2, 5, 1, 3], True, SamplingParams(), 0)
+    batch = build_batch(StepPlan((sequence,)), 4, CPU)
+    multiplied = []
+    real = ops.act_and_mul
+    monkeypatch.setattr(ops, "act_and_mul", lambda x, f: multiplied.append(len(x)) or real(x, f))
+    for rows in ([19], [3, 19], [5, 0, 19]):
+        wanted = dataclasses.replace(batch, logit_rows=torch.tensor(rows))
+        torch.testing.assert_close(
+            decoder.forward(wanted, cache), expected[rows], rtol=1e-5, atol=1e-5
+        )
+        if not few:
+            assert multiplied == [20] * (spec.num_layers - 1) + [len(rows)]
+        multiplied.clear()
+
+
 def test_a_batch_is_checked_however_often_the_decoder_ran(tmp_path) -> None:
     decoder = load_decoder(llama_checkpoints.write(tmp_path / "model"))
     prompt = [5, 9, 2]

@@ -9,7 +9,9 @@ candidates are that close.
 from __future__ import annotations
 
 import contextlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -53,6 +55,17 @@ class Batch:
     attention_work: ops.AttentionWork | None = None
 
 
+class Attended(NamedTuple):
+    """Tokens behind a layer's attention: what their queries found [tokens, heads * head_dim], and
+    the sum of all before the layer [tokens, hidden]. `normed` is that sum as the attention got it,
+    where the MLP stands beside attention.
+    """
+
+    mixed: torch.Tensor
+    residual: torch.Tensor
+    normed: torch.Tensor | None
+
+
 class Decoder:
     """A decoder-only model. Query, key and value share one matrix, so do gate and up.
 
@@ -89,50 +102,92 @@ class Decoder:
         return self.logits(self.hidden(batch, kv_cache))
 
     def hidden(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
-        """The last layer's normed output of `batch.logit_rows`. Keys and values of the batch go to
-        `kv_cache`, which is [layers of a group, 2, blocks, block_size, kv_heads, head_dim].
+        """The last layer's normed output of `batch.logit_rows`; what `body` and `tail` do."""
+        return self.tail(self.body(batch, kv_cache), batch.logit_rows)
 
-        `residual` is the sum of what all layers before gave; `x` is what was given last and is
-        added to it by the norm that comes next, in one pass.
+    def body(self, batch: Batch, kv_cache: torch.Tensor) -> Attended:
+        """All that has to be done for every token of the batch: up to the last layer's attention.
+        Keys and values go to `kv_cache`, which is [layers of a group, 2, blocks, block_size,
+        kv_heads, head_dim].
         """
-        residual = self._embed(batch)
         planes = kv_cache.view(-1, *kv_cache.shape[2:]).unbind()
-        x = self._layers(range(1), None, residual, batch, planes)
+        at = self._attend(0, None, self._embed(batch), batch, planes)
         # The first layer's checks hold for this batch, those of one whole pass for the weights.
-        with ops.unchecked() if self._matched else contextlib.nullcontext():
-            x = self._layers(range(1, self.spec.num_layers), x, residual, batch, planes)
-        self._matched = True
-        rows = batch.logit_rows
-        if rows is not None:
-            x, residual = None if x is None else x[rows], residual[rows]
-        return self._add_norm("norm", x, residual)
+        with self._checked_once():
+            for i in range(1, self.spec.num_layers):
+                at = self._attend(i, self._conclude(i - 1, at), at.residual, batch, planes)
+        return at
 
-    def _layers(
+    def tail(self, at: Attended, rows: torch.Tensor | None) -> torch.Tensor:
+        """The rest, for some of `body`'s rows or all: of a prompt nobody reads any but the last."""
+        if rows is not None:
+            normed = None if at.normed is None else at.normed[rows]
+            at = Attended(at.mixed[rows], at.residual[rows], normed)
+        with self._checked_once():
+            x = self._conclude(self.spec.num_layers - 1, at)
+        self._matched = True
+        return self._add_norm("norm", x, at.residual)
+
+    def _checked_once(self) -> AbstractContextManager[None]:
+        return ops.unchecked() if self._matched else contextlib.nullcontext()
+
+    def _attend(
         self,
-        indices: range,
+        index: int,
         x: torch.Tensor | None,
         residual: torch.Tensor,
         batch: Batch,
         planes: Planes,
-    ) -> torch.Tensor | None:
-        """What the last of these layers gave, to be added to `residual`; None when it was."""
-        spec = self.spec
-        few = len(residual) <= self._few_rows
-        for i in indices:
-            layer, at = spec.layers[i], f"layers.{i}."
-            if few:
-                self._few_rows_layer(i, layer, residual, batch, planes)
-                continue
-            normed = self._add_norm(at + "input_norm", x, residual)
-            x = self._attention(i, layer, normed, batch, planes)
-            if spec.placement == "parallel":
-                aside = normed if spec.shared_norm else self._norm(at + "mlp_norm", residual)
-                x = x + self._mlp(at, layer, aside)
-                continue
-            x = self._norm(at + "attention_out_norm", x)
-            x = self._mlp(at, layer, self._add_norm(at + "mlp_norm", x, residual))
-            x = self._norm(at + "mlp_out_norm", x)
-        return x
+    ) -> Attended:
+        """A layer as far as attention. `residual` is the sum of what all layers before gave; `x`
+        is what was given last and is added to it by the norm that comes next, in one pass; None
+        when it was added already.
+        """
+        at = f"layers.{index}."
+        if x is None and len(residual) <= self._few_rows:
+            p = self.parameters
+            qkv = ops.linear(
+                residual,
+                p[at + "qkv"],
+                p.get(at + "qkv.bias"),
+                self._rms_norm(at + "input_norm"),
+                ahead=p[at + "output"],
+            )
+            return Attended(self._mix(index, qkv, batch, planes), residual, None)
+        normed = self._add_norm(at + "input_norm", x, residual)
+        mixed = self._mix(index, self._linear(at + "qkv", normed), batch, planes)
+        return Attended(mixed, residual, normed if self.spec.placement == "parallel" else None)
+
+    def _conclude(self, index: int, attended: Attended) -> torch.Tensor | None:
+        """The rest of a layer: what it gave, to be added to the residual; None when it was."""
+        spec, at = self.spec, f"layers.{index}."
+        mixed, residual, normed = attended
+        if len(residual) <= self._few_rows:
+            self._conclude_few_rows(index, mixed, residual)
+            return None
+        layer, x = spec.layers[index], self._linear(at + "output", mixed)
+        if normed is not None:  # both halves of the layer read the same residual
+            aside = normed if spec.shared_norm else self._norm(at + "mlp_norm", residual)
+            return x + self._mlp(at, layer, aside)
+        x = self._norm(at + "attention_out_norm", x)
+        x = self._mlp(at, layer, self._add_norm(at + "mlp_norm", x, residual))
+        return self._norm(at + "mlp_out_norm", x)
+
+    def _conclude_few_rows(self, index: int, mixed: torch.Tensor, residual: torch.Tensor) -> None:
+        """`residual` becomes a plain layer's output, which takes six kernels in all. Each product
+        has the next one's weight brought nearer.
+        """
+        at, p = f"layers.{index}.", self.parameters
+        gate_up, down = p[at + "gate_up"], p[at + "down"]
+        next_qkv = p.get(f"layers.{index + 1}.qkv")
+        output_bias, bias = p.get(at + "output.bias"), p.get(at + "gate_up.bias")
+        ops.linear_add(mixed, p[at + "output"], residual, output_bias, ahead=gate_up)
+        norm = self._rms_norm(at + "mlp_norm")
+        inner = ops.gated_linear(residual, gate_up, self.spec.activation, bias, norm, ahead=down)
+        ops.linear_add(inner, down, residual, p.get(at + "down.bias"), ahead=next_qkv)
+
+    def _rms_norm(self, name: str) -> ops.Norm:
+        return ops.Norm(self.parameters[name], self.spec.norm_eps, self.spec.norm_offset)
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         spec, p = self.spec, self.parameters
@@ -146,47 +201,9 @@ class Decoder:
             else None,
         )
 
-    def _few_rows_layer(
-        self,
-        index: int,
-        layer: LayerSpec,
-        residual: torch.Tensor,
-        batch: Batch,
-        planes: Planes,
-    ) -> None:
-        """A plain layer in six kernels; `residual` becomes the layer's output. Each product has the
-        next one's weight brought nearer.
-        """
-        at, p = f"layers.{index}.", self.parameters
-
-        def norm(name: str) -> ops.Norm:
-            return ops.Norm(p[at + name], self.spec.norm_eps, self.spec.norm_offset)
-
-        def bias(name: str) -> torch.Tensor | None:
-            return p.get(f"{at}{name}.bias")
-
-        output, gate_up, down = p[at + "output"], p[at + "gate_up"], p[at + "down"]
-        next_qkv = p.get(f"layers.{index + 1}.qkv")
-        qkv = ops.linear(residual, p[at + "qkv"], bias("qkv"), norm("input_norm"), ahead=output)
-        mixed = self._mix(index, layer, qkv, batch, planes)
-        ops.linear_add(mixed, output, residual, bias("output"), ahead=gate_up)
-        inner = ops.gated_linear(
-            residual, gate_up, self.spec.activation, bias("gate_up"), norm("mlp_norm"), ahead=down
-        )
-        ops.linear_add(inner, down, residual, bias("down"), ahead=next_qkv)
-
-    def _attention(
-        self, index: int, layer: LayerSpec, x: torch.Tensor, batch: Batch, planes: Planes
-    ) -> torch.Tensor:
-        at = f"layers.{index}."
-        mixed = self._mix(index, layer, self._linear(at + "qkv", x), batch, planes)
-        return self._linear(at + "output", mixed)
-
-    def _mix(
-        self, index: int, layer: LayerSpec, qkv: torch.Tensor, batch: Batch, planes: Planes
-    ) -> torch.Tensor:
+    def _mix(self, index: int, qkv: torch.Tensor, batch: Batch, planes: Planes) -> torch.Tensor:
         """Store the keys and values of a fused projection; what its queries find."""
-        spec = self.spec
+        spec, layer = self.spec, self.spec.layers[index]
         group, plane = self.layout.places[index]
         keys, values = planes[2 * plane], planes[2 * plane + 1]
         rotation = None
