@@ -286,9 +286,11 @@ class Decoder:
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._product(x, self.parameters[name], self.parameters.get(name + ".bias"))
 
-    def tune(self, rows: int) -> None:
-        """Find how a GPU multiplies that many rows fastest; milliseconds, elsewhere nothing."""
-        tied = self.spec.tied_embeddings
+    def tune(self, rows: int, *, logits: bool = True) -> None:
+        """Find how a GPU multiplies that many rows fastest; milliseconds, elsewhere nothing. With
+        `logits` also for the last product, which only some rows of a step with chunks take.
+        """
+        last = "embedding" if self.spec.tied_embeddings else "lm_head"
         ops.tune_products(
             [
                 (weight, self.parameters.get(name + ".bias"))
@@ -296,7 +298,7 @@ class Decoder:
                 if weight.dim() == 2
                 and name != "positions"
                 and ".experts." not in name  # many matrices, one under the other
-                and (tied or name != "embedding")
+                and (name not in ("embedding", "lm_head") or (logits and name == last))
             ],
             [rows],
         )
