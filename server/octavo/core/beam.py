@@ -10,11 +10,15 @@ takes for `width` of them not to stop.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import itemgetter
+from typing import NamedTuple
 
 from octavo.core.block_pool import BlockPool
-from octavo.core.sequence import Sequence
+from octavo.core.sequence import Sequence, common_prefix
 from octavo.logprobs import TokenLogprobs
 
 
@@ -27,8 +31,7 @@ class Hypothesis:
     stop_token_id: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What a branch becomes: the branch `parent`, and one token more."""
 
     parent: int
@@ -62,39 +65,45 @@ class BeamSearch:
         """True when every branch has brought its candidates."""
         return len(self.candidates) == self.width
 
-    def advance(self, outputs: Items[list[int]]) -> list[Step]:
-        """Take the step for branches that have drawn `outputs`; empty when the search is over."""
-        length = len(outputs[0]) + 1
+    def advance(self, length: int, output_of: Callable[[int], list[int]]) -> list[Step]:
+        """Take the step for branches that have drawn `length` tokens; empty when it is the last.
+
+        `output_of` gives a branch's own; it is asked only for what is finished.
+        """
+        length += 1
         ends = length >= self.max_new_tokens
         going: list[tuple[float, Step]] = []
-        for place, (score, step) in enumerate(self._ranked()):
-            stops = step.token_id in self.stop_ids
+        for place, (score, parent, token_id) in enumerate(self._ranked()):
+            stops = token_id in self.stop_ids
             if not stops and not ends:
-                going.append((score, step))
+                going.append((score, Step(parent, token_id)))
             elif place < self.width:
-                self._finish(score / length**self.length_penalty, outputs[step.parent], step, stops)
+                score /= length**self.length_penalty
+                self._finish(score, output_of(parent), token_id, stops)
+            if len(going) == self.width:
+                break  # as many were looked at, so that none behind can be among the best
         self.candidates = {}
         if not going or self._is_over(going[0][0], length):
             return []
         # Where there are fewer continuations than branches, the others idle.
-        going = going[: self.width]
         going += [(-math.inf, going[0][1])] * (self.width - len(going))
         self.scores = [score for score, _ in going]
         return [step for _, step in going]
 
-    def _ranked(self) -> list[tuple[float, Step]]:
-        found = [
-            (self.scores[branch] + logprob, Step(branch, token_id))
-            for branch, of_branch in sorted(self.candidates.items())
-            if self.scores[branch] > -math.inf
-            for token_id, logprob in zip(of_branch.top_ids, of_branch.top_logprobs, strict=True)
-        ]
-        found.sort(key=lambda item: -item[0])
+    def _ranked(self) -> list[tuple[float, int, int]]:
+        """(score, branch, token id) of the best continuations; of equals the first branch's."""
+        found: list[tuple[float, int, int]] = []
+        for branch, score in enumerate(self.scores):
+            if score > -math.inf:
+                own = self.candidates[branch]
+                scores = [score + logprob for logprob in own.top_logprobs]
+                found += zip(scores, repeat(branch), own.top_ids, strict=False)
+        found.sort(key=itemgetter(0), reverse=True)
         return found[: self.num_candidates]
 
-    def _finish(self, score: float, output: list[int], step: Step, stops: bool) -> None:
-        token_ids = list(output) if stops else [*output, step.token_id]
-        self.finished.append(Hypothesis(score, token_ids, step.token_id if stops else None))
+    def _finish(self, score: float, output: list[int], token_id: int, stops: bool) -> None:
+        token_ids = output if stops else [*output, token_id]
+        self.finished.append(Hypothesis(score, token_ids, token_id if stops else None))
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self.finished[self.width :]
 
@@ -110,16 +119,30 @@ class BeamSearch:
 
 
 def rebuild(branches: Items[Sequence], steps: Items[Step], pool: BlockPool) -> None:
-    """Turn the branches into what they become: tables are shared, and only counts change."""
+    """Turn the branches into what they become: tables are shared, and only counts change.
+
+    A branch's first continuation takes what was the branch's own; others get copies. As many
+    branches end as there are others, and one table takes the place of another: what these two have
+    in common, mostly the prompt and all but the last few blocks, keeps its count.
+    """
     before = [(b.tokens, b.block_table, b.computed, b.written, b.chained, b.link) for b in branches]
-    for step in steps:
-        pool.share(before[step.parent][1])
-    for _, table, *_ in before:
-        pool.release(table)
-    for branch, step in zip(branches, steps, strict=True):
-        tokens, table, branch.computed, branch.written, branch.chained, branch.link = before[
-            step.parent
-        ]
-        branch.tokens = [*tokens, step.token_id]
+    goes_on = [False] * len(branches)
+    others: list[list[int]] = []
+    becomes = []
+    for parent, _ in steps:
+        own = before[parent]
+        if goes_on[parent]:
+            others.append(own[1])
+            own = (own[0].copy(), own[1].copy(), *own[2:])
+        goes_on[parent] = True
+        becomes.append(own)
+    ended = [own[1] for own, lives in zip(before, goes_on, strict=True) if not lives]
+    for table, gone in zip(others, ended, strict=True):
+        common = common_prefix(table, gone)
+        pool.share(table[common:])
+        pool.release(gone[common:])
+    for branch, step, own in zip(branches, steps, becomes, strict=True):
+        branch.tokens, branch.block_table, branch.computed, branch.written = own[:4]
+        branch.chained, branch.link = own[4:]
+        branch.tokens.append(step.token_id)
         branch.length = len(branch.tokens)
-        branch.block_table = list(table)

@@ -191,7 +191,8 @@ class Outcome:
         if not group.lead.num_generated:
             self.counters.prompt_tokens += group.lead.num_prompt_tokens
         self.counters.generation_tokens += len(branches)
-        steps = beam.advance([branch.generated for branch in branches])
+        drawn = group.lead.num_generated
+        steps = beam.advance(drawn, lambda branch: branches[branch].generated)
         if not steps:
             return self.end_search(group)
         rebuild(branches, steps, self._roster.pool)

@@ -131,3 +131,17 @@ class Sequence:
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // block_size)
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """How many leading entries of two block tables are the same; halves, compared as a whole."""
+    same, differs = 0, min(len(left), len(right))
+    if left[:differs] == right[:differs]:
+        return differs
+    while differs - same > 1:
+        middle = (same + differs) // 2
+        if left[same:middle] == right[same:middle]:
+            same = middle
+        else:
+            differs = middle
+    return same

@@ -52,17 +52,16 @@ class _Wanted:
 
     def read(self, tokens: Sequence[int], words: list[int]) -> dict[int, TokenLogprobs]:
         """By sequence id, of those that got a token, out of the words of `_logprob_words`."""
-        count = len(self.rows)
-        reals = np.array(words, dtype=np.int32).view(np.float32)
-        ids, values = 2 * count, (2 + self.most) * count
+        count, most = len(self.rows), self.most
+        reals = np.array(words, dtype=np.int32).view(np.float32).tolist()
+        ids, values = 2 * count, (2 + most) * count
         found = {}
         for i, (place, seq_id, wanted) in enumerate(self.rows):
-            if tokens[place] < 0:
-                continue
-            top_ids = words[ids + i * self.most :][:wanted]
-            top = reals[values + i * self.most :][:wanted].tolist()
-            own = float(reals[i])
-            found[seq_id] = TokenLogprobs(tokens[place], own, words[count + i], top_ids, top)
+            token = tokens[place]
+            if token >= 0:
+                first, end = i * most, i * most + wanted
+                top_ids, top = words[ids + first : ids + end], reals[values + first : values + end]
+                found[seq_id] = TokenLogprobs(token, reals[i], words[count + i], top_ids, top)
         return found
 
 

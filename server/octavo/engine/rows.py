@@ -15,10 +15,11 @@ from functools import cached_property
 
 import numpy as np
 
-from octavo.core.sequence import blocks_for
+from octavo.core.sequence import blocks_for, common_prefix
 from octavo.core.step import PENDING, ScheduledSequence, StepPlan, drawn_by_host
 from octavo.engine.adjust import adjusts
 from octavo.engine.sampler import draw_stream
+from octavo.params import SamplingParams
 from octavo_kernels.record import FLAG_SAMPLES, FLAG_WRITES, RECORD, RECORD_WORDS
 
 # A stretch of words: where they go, and what they are.
@@ -101,8 +102,12 @@ class StepInputs:
 
 @dataclass(slots=True)
 class _Row:
+    """A sequence's row, its table there, and how it draws: what `_drawing` made of `drawn_as`."""
+
     index: int
     table: list[int]
+    drawn_as: tuple[SamplingParams, int] | None = None
+    drawing: tuple[int, ...] = ()
 
 
 class RowTable:
@@ -206,26 +211,34 @@ class RowTable:
             raise RuntimeError(
                 f"sequence {share.seq_id} waits for a token that the plan before does not draw"
             )
-        record = self._record(share, row.index)
+        record = self._record(share, row)
         at = row.index * RECORD_WORDS
         # The token on its way is the first word: it is there already, or soon.
         sent.append((at + 1, record[1:]) if pending else (at, record))
-        same = _common(row.table, share.block_table)
+        same = common_prefix(row.table, share.block_table)
         if same < len(share.block_table):
             sent.append((self._table(row) + same, share.block_table[same:]))
         row.table = list(share.block_table)
         return row.index
 
-    def _record(self, share: ScheduledSequence, index: int) -> tuple[int, ...]:
+    def _record(self, share: ScheduledSequence, row: _Row) -> tuple[int, ...]:
+        """All words of the row's record; how it draws stays as long as it is one sequence's."""
+        of = row.drawn_as
+        if of is None or of[0] is not share.params or of[1] != share.branch:
+            row.drawn_as = (share.params, share.branch)
+            row.drawing = self._drawing(share, row.index)
+        flags = FLAG_SAMPLES * share.samples | FLAG_WRITES * share.writes
+        return (share.token_ids[-1], share.start, share.num_generated, flags, *row.drawing)
+
+    def _drawing(self, share: ScheduledSequence, index: int) -> tuple[int, ...]:
+        """The record's words behind the first four."""
         p = share.params
         stream = draw_stream(p, self._seed, share.seq_id, share.branch)
-        flags = FLAG_SAMPLES * share.samples | FLAG_WRITES * share.writes
-        head = (share.token_ids[-1], share.start, share.num_generated, flags)
         draw = (stream, p.temperature, min(p.top_k, 2**31 - 1), p.top_p, p.min_p)
         adjusted = index if adjusts(p) and not drawn_by_host(p) else -1
-        packed = struct.pack("<4iQfiffi", *head, *draw, adjusted)
+        packed = struct.pack("<Qfiffi", *draw, adjusted)
         words = struct.unpack(f"<{len(packed) // 4}i", packed)
-        return (*words, *(0,) * (RECORD_WORDS - len(words)))
+        return (*words, *(0,) * (RECORD_WORDS - 4 - len(words)))
 
     def _table(self, row: _Row) -> int:
         return self._layout.tables + row.index * self._layout.table_width
@@ -281,12 +294,12 @@ class RowTable:
         )
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many leading entries are the same; tables mostly differ by growth alone."""
-    shorter = min(len(left), len(right))
-    if left[:shorter] == right[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if left[i] != right[i])
+def padding(layout: StateLayout, num_sequences: int, tokens: int) -> Stretch:
+    """What makes of a step with chunks one of `tokens` tokens: those beyond its own are one more
+    sequence's, of nobody; the rows behind that have none.
+    """
+    first = num_sequences + 1
+    return layout.query_start + first, [tokens] * (layout.max_rows + 1 - first)
 
 
 def messages(sent: Iterable[Stretch], capacity: int) -> list[np.ndarray]:
