@@ -84,7 +84,7 @@ def lt_product(
     workspace_bytes: int,
     stream: int,
 ) -> bool: ...
-def lt_seconds(
+def lt_rank(
     *,
     dtype: int,
     x: int,
@@ -95,12 +95,11 @@ def lt_seconds(
     rows: int,
     n: int,
     k: int,
-    algorithm: bytes,
+    algorithms: list[bytes],
     workspace: int,
     workspace_bytes: int,
-    repeat: int,
     stream: int,
-) -> float: ...
+) -> list[float]: ...
 def apply_updates(words: int, message: int, stretches: int, stream: int) -> None: ...
 def build_inputs(
     *,

@@ -22,9 +22,9 @@ from octavo_kernels.cuda_elementwise import (
     write_kv,
 )
 from octavo_kernels.cuda_gemm import gated_linear, linear, linear_add
-from octavo_kernels.cuda_lt import tune_products
 from octavo_kernels.cuda_moe import mixture
 from octavo_kernels.cuda_sampling import restart_marks, sample, token_logprobs
+from octavo_kernels.cuda_tune import tune_products
 
 __all__ = [
     "act", "act_and_mul", "apply_updates", "build_inputs", "copy_blocks", "device_report", "embed",

@@ -1,5 +1,5 @@
-"""Matrix products on a GPU: our kernel for the few rows of a small decode step, for more the
-algorithm of cuBLASLt that was found fastest, torch's choice where none was searched.
+"""Matrix products on a GPU: our kernel for the few rows of a small decode step, torch's choice for
+more, and for each size that was searched the algorithm of cuBLASLt that was found faster.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def linear(
     ahead: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    if norm is not None and not _skinny_serves(x, weight, norm):
+    ours = _skinny_serves(x, weight, bias, norm)
+    if norm is not None and not ours:
         raise Unfused
     if profile.deterministic:
         return cuda_lt.fixed_product(x, weight, bias, out)
-    if not _skinny_serves(x, weight, norm):
+    if not ours:
         result = cuda_lt.product(x, weight, bias, out) if _aligned(x, weight) else None
         if result is None and out is not None:
             raise Unfused
@@ -52,7 +53,7 @@ def gated_linear(
     norm: Norm | None,
     ahead: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not _skinny_serves(x, weight, norm):
+    if not _skinny_serves(x, weight, bias, norm):
         raise Unfused
     out = x.new_empty((x.shape[0], weight.shape[0] // 2))
     skinny_gemm(x, weight, bias, out, norm=norm, epilogue=_GATED, function=function, ahead=ahead)
@@ -66,7 +67,7 @@ def linear_add(
     bias: torch.Tensor | None,
     ahead: torch.Tensor | None,
 ) -> None:
-    if not _skinny_serves(x, weight, None):
+    if not _skinny_serves(x, weight, bias, None):
         raise Unfused
     skinny_gemm(x, weight, bias, residual, epilogue=_ADD, ahead=ahead)
 
@@ -108,11 +109,31 @@ def skinny_gemm(
     )
 
 
-def _skinny_serves(x: torch.Tensor, weight: torch.Tensor, norm: Norm | None) -> bool:
+def takes_few_rows(rows: int, k: int) -> bool:
+    """Whether so many rows are usually our kernel's."""
+    return _cuda.skinny_gemm_serves(rows, k, False)
+
+
+def usual_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """x · weight^T + bias as it is computed where no search found better."""
+    if takes_few_rows(*x.shape) and _aligned(x, weight):
+        skinny_gemm(x, weight, bias, out)
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _skinny_serves(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm | None
+) -> bool:
     return (
         not profile.deterministic
         and _cuda.skinny_gemm_serves(x.shape[0], x.shape[1], norm is not None)
         and _aligned(x, weight)
+        and cuda_lt.algorithm_of(cuda_lt.size_of(x, weight, bias)) is None
     )
 
 

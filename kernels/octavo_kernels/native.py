@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -25,10 +26,12 @@ class Unfused(Unserved):
 @dataclass(slots=True)
 class Profile:
     """What holds for all operations. `deterministic`: a sequence's tokens do not depend on what
-    else is in its batch, at some cost in speed.
+    else is in its batch, at some cost in speed. `tuning_folder`: where what was measured on the
+    device is kept for the next start, if anywhere.
     """
 
     deterministic: bool = False
+    tuning_folder: Path | None = None
 
 
 profile = Profile()

@@ -26,6 +26,7 @@ from octavo_kernels.match import Arg, checks, match, unchecked
 from octavo_kernels.products import (
     deterministic,
     gated_linear,
+    keep_tuning,
     linear,
     linear_add,
     tune_products,
@@ -37,9 +38,9 @@ __all__ = [
     "PLAIN", "AttentionWork", "Experts", "Function", "HeadNorm", "Norm", "Rotation", "Variant",
     "act", "act_and_mul", "attention_work", "calls", "copy_blocks", "deterministic",
     "device_report", "embed", "forced", "forced_instruction_set", "gated_linear", "implementation",
-    "implementations", "instruction_sets", "layer_norm", "linear", "linear_add", "mixture",
-    "paged_attention", "plan_attention", "qk_norm_rope_write", "rms_norm", "rope", "sample",
-    "swap_blocks", "token_logprobs", "tune_products", "unchecked", "write_kv",
+    "implementations", "instruction_sets", "keep_tuning", "layer_norm", "linear", "linear_add",
+    "mixture", "paged_attention", "plan_attention", "qk_norm_rope_write", "rms_norm", "rope",
+    "sample", "swap_blocks", "token_logprobs", "tune_products", "unchecked", "write_kv",
 ]  # fmt: skip
 
 

@@ -19,7 +19,9 @@ from octavo_kernels.match import Arg, checks, match
 from octavo_kernels.native import profile
 from octavo_kernels.reference import Function, Norm
 
-__all__ = ["Norm", "deterministic", "gated_linear", "linear", "linear_add", "tune_products"]
+__all__ = [
+    "Norm", "deterministic", "gated_linear", "keep_tuning", "linear", "linear_add", "tune_products",
+]  # fmt: skip
 
 
 def deterministic(on: bool) -> None:
@@ -27,19 +29,23 @@ def deterministic(on: bool) -> None:
     profile.deterministic = on
 
 
+def keep_tuning(folder: Path | None) -> None:
+    """From now on keep in that folder what `tune_products` finds, and begin with what is there."""
+    profile.tuning_folder = folder
+
+
 def tune_products(
-    weights: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
-    rows: Sequence[int],
-    folder: Path | None = None,
+    weights: Iterable[tuple[torch.Tensor, torch.Tensor | None]], rows: Sequence[int]
 ) -> int:
-    """Find how weights (with their biases) are multiplied fastest with those numbers of rows, and
-    keep it in `folder`; returns how many sizes were timed. On a GPU it takes milliseconds a size,
-    elsewhere there is nothing to find.
+    """Find how weights (with their biases) are multiplied fastest with those numbers of rows;
+    returns how many sizes were timed. On a GPU it takes milliseconds a size, elsewhere there is
+    nothing to find.
     """
     listed = list(weights)
-    if not listed or implementation(listed[0][0].device, listed[0][0].dtype) != "cuda":
+    of_cuda = listed and implementation(listed[0][0].device, listed[0][0].dtype) == "cuda"
+    if not of_cuda or profile.deterministic:  # then the rows do not choose
         return 0
-    timed: int = run("tune_products", listed[0][0], listed, rows, folder)
+    timed: int = run("tune_products", listed[0][0], listed, rows)
     return timed
 
 

@@ -465,6 +465,20 @@ def termination_log() -> str:
     return os.environ.get("OCTAVO_TERMINATION_LOG", DEFAULT_TERMINATION_LOG)
 
 
+def cache_folder() -> Path | None:
+    """Where what was measured on this machine is kept for the next start: OCTAVO_CACHE, nowhere if
+    that is empty, else the user's cache. Nothing is lost with it but seconds.
+    """
+    asked = os.environ.get("OCTAVO_CACHE")
+    if asked is not None:
+        return Path(asked) if asked else None
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(caches or Path.home() / ".cache") / "octavo"
+    except RuntimeError:  # a user without a home
+        return None
+
+
 def limit_threads(num_threads: int) -> None:
     """Bound the numeric libraries' threads; works only before they are imported.
 

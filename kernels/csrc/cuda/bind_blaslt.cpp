@@ -50,14 +50,16 @@ bool product(int dtype, Address x, int64_t x_stride, Address w, Address bias, Ad
                     reinterpret_cast<cudaStream_t>(stream));
 }
 
-double seconds(int dtype, Address x, int64_t x_stride, const std::vector<uint64_t>& weights,
-               Address bias, Address out, int64_t rows, int64_t n, int64_t k,
-               const py::bytes& algorithm, Address workspace, int64_t workspace_bytes, int repeat,
-               Address stream) {
-  return lt_seconds(product_of(dtype, x, x_stride, 0, bias, out, rows, n, k), weights,
-                    algorithm_of(algorithm),
-                    {reinterpret_cast<void*>(workspace), workspace_bytes}, repeat,
-                    reinterpret_cast<cudaStream_t>(stream));
+std::vector<double> rank(int dtype, Address x, int64_t x_stride,
+                         const std::vector<uint64_t>& weights, Address bias, Address out,
+                         int64_t rows, int64_t n, int64_t k,
+                         const std::vector<py::bytes>& algorithms, Address workspace,
+                         int64_t workspace_bytes, Address stream) {
+  std::vector<LtAlgorithm> each;
+  for (const auto& algorithm : algorithms) each.push_back(algorithm_of(algorithm));
+  return lt_rank(product_of(dtype, x, x_stride, 0, bias, out, rows, n, k), weights, each,
+                 {reinterpret_cast<void*>(workspace), workspace_bytes},
+                 reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -70,9 +72,8 @@ void bind_blaslt(py::module_& m) {
         "out"_a, "rows"_a, "n"_a, "k"_a, "workspace_bytes"_a, "count"_a, "split"_a);
   m.def("lt_product", &product, named, "dtype"_a, "x"_a, "x_stride"_a, "w"_a, "bias"_a, "out"_a,
         "rows"_a, "n"_a, "k"_a, "algorithm"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a);
-  m.def("lt_seconds", &seconds, named, "dtype"_a, "x"_a, "x_stride"_a, "weights"_a, "bias"_a,
-        "out"_a, "rows"_a, "n"_a, "k"_a, "algorithm"_a, "workspace"_a, "workspace_bytes"_a,
-        "repeat"_a, "stream"_a);
+  m.def("lt_rank", &rank, named, "dtype"_a, "x"_a, "x_stride"_a, "weights"_a, "bias"_a, "out"_a,
+        "rows"_a, "n"_a, "k"_a, "algorithms"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a);
 }
 
 }  // namespace octavo::cuda

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <library_types.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -170,6 +171,10 @@ struct Event {
   Event& operator=(const Event&) = delete;
 };
 
+// Clears of the workspace that run while the first launches to be timed are queued: small products
+// take less time than a launch does, and a device that waits for the host would be timed.
+constexpr int kSpacers = 24;
+
 }  // namespace
 
 int64_t lt_version() { return int64_t(library().version()); }
@@ -208,26 +213,41 @@ bool lt_product(const LtProduct& product, const LtAlgorithm& algorithm, LtWorksp
   return run(product, Problem(product), algorithm, workspace, stream);
 }
 
-double lt_seconds(LtProduct product, const std::vector<uint64_t>& weights,
-                  const LtAlgorithm& algorithm, LtWorkspace workspace, int repeat,
-                  cudaStream_t stream) {
+std::vector<double> lt_rank(LtProduct product, const std::vector<uint64_t>& weights,
+                            const std::vector<LtAlgorithm>& algorithms, LtWorkspace workspace,
+                            cudaStream_t stream) {
   const Problem problem(product);
-  const auto round = [&] {
-    for (const uint64_t weight : weights) {
-      product.w = reinterpret_cast<const void*>(weight);
-      if (!run(product, problem, algorithm, workspace, stream)) return false;
-    }
-    return true;
+  const auto multiply = [&](uint64_t weight, const LtAlgorithm& algorithm) {
+    product.w = reinterpret_cast<const void*>(weight);
+    return run(product, problem, algorithm, workspace, stream);
   };
-  if (!round()) return std::numeric_limits<double>::infinity();
-  const Event begin, end;
-  check(cudaEventRecord(begin.event, stream), "cudaEventRecord");
-  for (int i = 0; i < repeat; ++i) round();
-  check(cudaEventRecord(end.event, stream), "cudaEventRecord");
-  check(cudaEventSynchronize(end.event), "cudaEventSynchronize");
-  float ms = 0;
-  check(cudaEventElapsedTime(&ms, begin.event, end.event), "cudaEventElapsedTime");
-  return ms / 1e3 / repeat / double(weights.size());
+  std::vector<double> seconds(algorithms.size(), std::numeric_limits<double>::infinity());
+  std::vector<bool> serves;
+  for (const auto& algorithm : algorithms) serves.push_back(multiply(weights[0], algorithm));
+  for (int i = 0; i < kSpacers; ++i) {
+    check(cudaMemsetAsync(workspace.data, 0, workspace.bytes, stream), "cudaMemsetAsync");
+  }
+  const size_t count = algorithms.size();
+  std::vector<Event> marks(2 * (count + 1));
+  for (size_t turn = 0; turn < 2; ++turn) {
+    const Event* const of_turn = &marks[turn * (count + 1)];
+    check(cudaEventRecord(of_turn[0].event, stream), "cudaEventRecord");
+    for (size_t i = 0; i < count; ++i) {
+      for (const uint64_t weight : weights) {
+        if (serves[i]) multiply(weight, algorithms[i]);
+      }
+      check(cudaEventRecord(of_turn[i + 1].event, stream), "cudaEventRecord");
+    }
+  }
+  check(cudaEventSynchronize(marks.back().event), "cudaEventSynchronize");
+  for (size_t i = 0; i < marks.size() - 1; ++i) {
+    const size_t which = i % (count + 1);
+    if (which == count || !serves[which]) continue;  // between the turns; not run
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, marks[i].event, marks[i + 1].event), "cudaEventElapsedTime");
+    seconds[which] = std::min(seconds[which], ms / 1e3 / double(weights.size()));
+  }
+  return seconds;
 }
 
 }  // namespace octavo::cuda

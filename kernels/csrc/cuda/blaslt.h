@@ -45,10 +45,11 @@ std::vector<LtAlgorithm> lt_candidates(const LtProduct& product, int64_t workspa
 bool lt_product(const LtProduct& product, const LtAlgorithm& algorithm, LtWorkspace workspace,
                 cudaStream_t stream);
 
-// Device seconds of one product over each of `weights` in turn, `repeat` times; infinity where the
-// algorithm does not serve. Waits for the device: not for use while a graph is captured.
-double lt_seconds(LtProduct product, const std::vector<uint64_t>& weights,
-                  const LtAlgorithm& algorithm, LtWorkspace workspace, int repeat,
-                  cudaStream_t stream);
+// Device seconds of one product by each algorithm, over each of `weights` in turn: the better of two
+// turns of all algorithms. Infinity for one that does not serve. Rough, as small differences follow
+// the clocks. Waits for the device: not for use while a graph is captured.
+std::vector<double> lt_rank(LtProduct product, const std::vector<uint64_t>& weights,
+                            const std::vector<LtAlgorithm>& algorithms, LtWorkspace workspace,
+                            cudaStream_t stream);
 
 }  // namespace octavo::cuda

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from octavo import plan as memory_plan
-from octavo.config import token_budget
+from octavo.config import cache_folder, token_budget
 from octavo.core.step import StepPlan, StepResult
 from octavo.engine.eager import EagerSteps
 from octavo.engine.gpu import Gpu
@@ -131,6 +131,7 @@ class Runner:
         if on_gpu and isinstance(self._decoder, Decoder):
             progress("device", 0.0)
             ops.deterministic(deterministic)
+            ops.keep_tuning(cache_folder())
             self._gpu = Gpu(
                 self._decoder,
                 device=self.device,

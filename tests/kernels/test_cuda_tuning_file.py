@@ -1,0 +1,89 @@
+"""What a search found, kept for the next start."""
+
+import json
+
+import pytest
+import torch
+
+from octavo_kernels import ops
+
+if "cuda" not in ops.implementations("cuda"):
+    pytest.skip("octavo_kernels._cuda is not built", allow_module_level=True)
+
+from octavo_kernels import cuda_tuning_file
+from octavo_kernels.cuda_lt import Size
+
+SIZE = Size("bfloat16", False, 64, 32, 8)
+ENTRY = {"size": list(SIZE), "algorithm": "00" * 64}
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(cuda_tuning_file, "_file", lambda folder, device: folder / "products.json")
+    monkeypatch.setattr(cuda_tuning_file, "_read", {})
+    monkeypatch.setattr(cuda_tuning_file, "_refused", set())
+
+
+def next_process() -> None:
+    cuda_tuning_file._read.clear()
+
+
+def test_what_was_found_is_found_by_the_next_process(tmp_path, caplog) -> None:
+    folder = tmp_path / "not" / "there"
+    assert cuda_tuning_file.read(folder, GPU) == {}
+    found = {SIZE: bytes(range(64)), SIZE._replace(rows=16): None}
+    cuda_tuning_file.add(folder, GPU, found)
+    next_process()
+    assert cuda_tuning_file.read(folder, GPU) == found
+    assert [file.name for file in folder.iterdir()] == ["products.json"]
+    assert not caplog.records
+
+
+def test_what_another_process_found_meanwhile_stays(tmp_path) -> None:
+    cuda_tuning_file.add(tmp_path, GPU, {SIZE: None, SIZE._replace(n=8): bytes(64)})
+    cuda_tuning_file.add(tmp_path, GPU, {SIZE: b"1" * 64, SIZE._replace(n=16): None})
+    assert cuda_tuning_file.read(tmp_path, GPU) == {
+        SIZE: b"1" * 64,
+        SIZE._replace(n=8): bytes(64),
+        SIZE._replace(n=16): None,
+    }
+
+
+def of(*rows: object) -> str:
+    return json.dumps({"format": cuda_tuning_file._FORMAT, "found": list(rows)})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[1]", b"3", b"\xff\xfe", b'{"format": 1, "found": []}', b'{"found": []}',
+        of(3), of({}), of({"size": [1], "algorithm": None}), of({**ENTRY, "algorithm": "00"}),
+        of({**ENTRY, "algorithm": 5}), of({**ENTRY, "algorithm": "zz" * 64}),
+        of({**ENTRY, "size": ["bfloat16", False, 64, 32, 0]}),
+        of({**ENTRY, "size": ["bfloat16", False, 64, 32, True]}),
+        of({**ENTRY, "size": ["bfloat16", 0, 64, 32, 8]}),
+        of({**ENTRY, "size": [[], False, 64, 32, 8]}),
+        of(ENTRY, {"size": list(SIZE)}),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_said_once_and_written_anew(
+    content, tmp_path, caplog
+) -> None:
+    file = tmp_path / "products.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert cuda_tuning_file.read(tmp_path, GPU) == cuda_tuning_file.read(tmp_path, GPU) == {}
+    [record] = caplog.records
+    assert "products.json cannot be used, sizes are searched again" in record.getMessage()
+    cuda_tuning_file.add(tmp_path, GPU, {SIZE: None})
+    next_process()
+    assert cuda_tuning_file.read(tmp_path, GPU) == {SIZE: None}
+
+
+def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            cuda_tuning_file.add(tmp_path / "file" / "folder", GPU, {SIZE: None})
+    written = [record for record in caplog.records if "is not written" in record.getMessage()]
+    assert len(written) == 1
