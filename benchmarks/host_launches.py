@@ -1,8 +1,8 @@
 """What a GPU's step costs the host: a whole step of a thin model, whose kernels have little to do.
 
 Without a GPU tensors lie in host memory and `_cuda`'s functions return at once: what is left is
-Python's and torch's share. With one it is all that `submit` takes, and what the parts of a quiet
-step take of it.
+Python's and torch's share, without that of a graph's replay. With one it is all that `submit`
+takes, and what the parts of a quiet step take of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from octavo.core.step import Rows, ScheduledSequence, StepPlan
 from octavo.engine.device import DeviceSteps
 from octavo.engine.gpu import Gpu
-from octavo.engine.graphs import CudaGraphs, Direct
+from octavo.engine.graphs import CudaGraphs, Direct, Part
 from octavo.engine.lane import HostLane
 from octavo.engine.rows import StateLayout
 from octavo.engine.workspace import Workspace
@@ -30,6 +30,7 @@ from octavo.models.decoder import Decoder, empty_parameters
 from octavo.models.spec import DecoderSpec, LayerSpec
 from octavo.params import SamplingParams
 from octavo_kernels import _cuda, cuda, cuda_lt, dispatch, ops
+from octavo_kernels.attention_settings import DecodeSetting
 
 BLOCK_SIZE, MAX_ROWS, MAX_TOKENS = 16, 64, 512
 STEPS = 60
@@ -114,30 +115,37 @@ def cache_on(device: torch.device, model: Decoder) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16, device=device)
 
 
-def steps_without_gpu(*, quiet: bool) -> DeviceSteps:
-    """A decoder's steps on the device that is none; the graph of a quiet step does nothing."""
+def steps_without_gpu(*, captured: bool) -> DeviceSteps:
+    """A decoder's steps on the device that is none, as graphs, which do nothing, or one by one."""
     device = torch.device("cpu")
     model = model_on(device)
     model._product = ops.linear
-    space = Workspace(model, StateLayout(MAX_ROWS, 128, MAX_TOKENS), BLOCK_SIZE, device)
-    steps = DeviceSteps(
-        model, cache_on(device, model), space, HostLane(), lambda step, _: Direct(step, MAX_ROWS),
-        eos_token_ids=(), seed=0,
-    )  # fmt: skip
-    if quiet:
-        steps._graphs = Direct(lambda _size: None, MAX_ROWS)
-    return steps
+    space = Workspace(model, StateLayout(MAX_ROWS + 1, 128, MAX_TOKENS), BLOCK_SIZE, device)
+    space.attention.settings = (DecodeSetting(64, 1),) * (MAX_ROWS + 2)  # a CPU has none
+    nothing = Part(lambda _size: None, lambda _size: None)
+
+    def graphs(decodes: Part, chunks: Part) -> tuple[Direct, Direct]:
+        if captured:  # a graph's replay is one launch, and not the host's work
+            return Direct(nothing, MAX_ROWS), Direct(nothing, MAX_TOKENS)
+        return Direct(decodes, MAX_ROWS), Direct(chunks, 0)
+
+    return DeviceSteps(
+        model, cache_on(device, model), space, HostLane(), graphs, eos_token_ids=(), seed=0
+    )
 
 
-def steps_on_gpu() -> DeviceSteps:
-    """A decoder's steps as they are served."""
+def steps_on_gpu(*, captured: bool) -> DeviceSteps:
+    """A decoder's steps as they are served, all graphs prepared, or without any."""
     device = torch.device("cuda", 0)
     model = model_on(device)
     gpu = Gpu(
         model, device=device, block_size=BLOCK_SIZE, max_model_len=2048, max_num_seqs=MAX_ROWS,
-        max_num_tokens=MAX_TOKENS, eager=False,
+        max_num_tokens=MAX_TOKENS, eager=not captured,
     )  # fmt: skip
-    return gpu.steps(cache_on(device, model), (), 0)
+    steps = gpu.steps(cache_on(device, model), (), 0)
+    while steps.prepare_one():
+        pass
+    return steps
 
 
 def chunk_plan(number: int) -> StepPlan:
@@ -186,16 +194,14 @@ def parts_of_a_quiet_step(steps: DeviceSteps) -> None:
     lane, tokens = steps._lane, steps._space.drawn[0, :MAX_ROWS]
     graphs = steps._graphs
     assert isinstance(graphs, CudaGraphs)
-    graphs._graphs.pop(MAX_ROWS)
+    this, other = graphs._graphs.pop(MAX_ROWS), graphs._graphs[MAX_ROWS - 8]
     with lane.scope(), torch.inference_mode():
         _cuda.set_overlap(False)
-        graphs.run(MAX_ROWS)
-        torch.cuda.synchronize()
-        apart = graphs._graphs.pop(MAX_ROWS)
+        graphs.ready(MAX_ROWS)
         _cuda.set_overlap(True)
-        for size in (MAX_ROWS, MAX_ROWS - 8):
-            graphs.run(size)
-    this, other = (graphs._graphs[size] for size in (MAX_ROWS, MAX_ROWS - 8))
+        torch.cuda.synchronize()
+    apart = graphs._graphs[MAX_ROWS]
+    graphs._graphs[MAX_ROWS] = this
     small = np.zeros(64, dtype=np.int32)
 
     def fetch() -> None:
@@ -237,11 +243,16 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     launches = None if on_gpu else pretend()
     kinds = {
-        "with prompts": [chunk_plan(i) for i in range(STEPS)],
-        "quiet": decode_plans(),
+        "with prompts, one operation after the other": (
+            [chunk_plan(i) for i in range(STEPS)],
+            False,
+        ),
+        "with prompts, by a graph": ([chunk_plan(i) for i in range(STEPS)], True),
+        "quiet": (decode_plans(), True),
     }
-    for name, plans in kinds.items():
-        steps = steps_on_gpu() if on_gpu else steps_without_gpu(quiet=name == "quiet")
+    for name, (plans, captured) in kinds.items():
+        make = steps_on_gpu if on_gpu else steps_without_gpu
+        steps = make(captured=captured)
         print(name, end=": ", flush=True)
         if not profiled:
             measure(steps, plans, launches)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from octavo_kernels.attention_settings import MIN_SPAN, PrefillSetting
-from octavo_kernels.cuda_prefill import PrefillPlan
+from octavo_kernels.cuda_prefill import PrefillPlan, plan_prefill
 from octavo_kernels.reference import PLAIN
 
 BLOCK_SIZE = 16
@@ -69,7 +69,7 @@ def make(q: int, prefix: int, heads: int, kv_heads: int, dim: int) -> Problem:
 def plan_of(problem: Problem, min_span: int, warpgroups: bool) -> PrefillPlan:
     """Made beforehand, as a step makes one for all its layers."""
     heads, dim = problem.query.shape[1:]
-    return PrefillPlan(
+    return plan_prefill(
         problem.query_start,
         problem.seq_lens,
         tokens=problem.q,

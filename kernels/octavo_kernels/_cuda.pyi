@@ -64,6 +64,7 @@ def lt_candidates(
     rows: int,
     n: int,
     k: int,
+    add: bool,
     workspace_bytes: int,
     count: int,
     split: bool,
@@ -79,6 +80,7 @@ def lt_product(
     rows: int,
     n: int,
     k: int,
+    add: bool,
     algorithm: bytes,
     workspace: int,
     workspace_bytes: int,
@@ -95,6 +97,7 @@ def lt_rank(
     rows: int,
     n: int,
     k: int,
+    add: bool,
     algorithms: list[bytes],
     workspace: int,
     workspace_bytes: int,
@@ -154,6 +157,7 @@ class PrefillStep:
         dim: int,
         min_span: int,
         warpgroups: bool,
+        any_batch: bool,
     ) -> None: ...
     @property
     def list_words(self) -> int: ...
@@ -164,7 +168,15 @@ class PrefillStep:
     @property
     def warpgroups(self) -> bool: ...
     def plan(
-        self, *, query_start: int, seq_lens: int, lists: int, partials: int, stream: int
+        self,
+        *,
+        query_start: int,
+        seq_lens: int,
+        seqs: int,
+        num_decodes: int,
+        lists: int,
+        partials: int,
+        stream: int,
     ) -> None: ...
     def attend(
         self,

@@ -73,6 +73,7 @@ def plan_attention(
     tokens: int = 0,
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
+    for_graph: bool = False,
 ) -> None:
     """Plan a step, for all of its layers: the first `num_decodes` sequences have one query each.
 
@@ -80,10 +81,19 @@ def plan_attention(
     part of the plan; the longest of these has `max_seq_len` tokens, which only decides what is
     fastest. A sequence of length 0 is padding. Can be captured in a CUDA graph: a replay plans for
     the lengths that it finds. Elsewhere than on a GPU there is nothing to plan.
+
+    `for_graph` plans ahead of a graph that holds the layers alone: `tokens` decides how they run,
+    and a graph captured after such a plan runs every later one of as many tokens, whatever the mix
+    of decodes and chunks. The tensors must begin where they did.
     """
     if num_decodes < 0 or num_decodes > len(seq_lens):
         raise ValueError(
             f"plan_attention: num_decodes is {num_decodes}, but there are {len(seq_lens)} sequences"
+        )
+    if for_graph and (query_start is None or tokens > work.max_tokens):
+        raise ValueError(
+            f"plan_attention: a graph of {tokens} tokens needs query_start and work for as many; "
+            f"this is for {work.max_tokens}"
         )
     run(
         "plan_attention",
@@ -95,6 +105,7 @@ def plan_attention(
         tokens,
         max_query_len,
         max_seq_len,
+        for_graph,
         composed=_nothing,
     )
 

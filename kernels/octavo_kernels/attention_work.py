@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from octavo_kernels.attention_settings import DecodeSetting, decode_setting
 from octavo_kernels.native import profile
 
 if TYPE_CHECKING:
-    from octavo_kernels.cuda_prefill import PrefillPlan
+    from octavo_kernels.cuda_prefill import PrefillBuffers, PrefillPlan
 
 _ROWS_PER_TILE = 16
 _CHUNK_STEP = 64
@@ -24,7 +24,9 @@ class AttentionWork:
 
     `settings[n]` is how a step of n decodes is cut and run. For each of `windows` there is a list
     of chunks, for as many as any step has in all (`slots`). `decode` is the setting that the step
-    was planned with, `prefill` its plan for the sequences that are not decodes.
+    was planned with, `prefill` its plan for the sequences that are not decodes. `for_graph` says
+    that both kernels run whatever the step has; `plans` are those of graphs, by their tokens, of
+    which none has more than `max_tokens`, over the same `prefill_buffers`.
     """
 
     max_seqs: int
@@ -40,17 +42,21 @@ class AttentionWork:
     arrivals: torch.Tensor  # int32 [max_seqs * kv_heads * tiles of rows]
     values: torch.Tensor  # float32 [slots, heads, dim]
     sums: torch.Tensor  # float32 [slots, heads, 2]
+    max_tokens: int = 0
     decode: DecodeSetting | None = None
     prefill: PrefillPlan | None = None
+    for_graph: bool = False
+    plans: dict[int, PrefillPlan] = field(default_factory=dict)
+    prefill_buffers: PrefillBuffers | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, but for those of a step's prefill."""
+        """Bytes of all buffers, but for those of prefill."""
         buffers = (self.window_sizes, self.chunks, self.counts, self.ticket, self.arrivals)
         return sum(buffer.nbytes for buffer in (*buffers, self.values, self.sums))
 
 
-def attention_work(
+def attention_work(  # noqa: PLR0913 (sizes, all by name)
     *,
     max_seqs: int,
     max_seq_len: int,
@@ -60,6 +66,7 @@ def attention_work(
     device: torch.device | str,
     windows: Sequence[int] = (0,),
     setting: DecodeSetting | None = None,
+    max_tokens: int = 0,
 ) -> AttentionWork:
     """Buffers for steps of up to `max_seqs` decodes of layers with any of these `windows`.
 
@@ -67,7 +74,8 @@ def attention_work(
     follows from its number of decodes, or is `setting` for all, for measurements. Under the
     deterministic profile, which has to be set before, the results' bits do not depend on that
     number, only on `max_seq_len`, `heads` and `kv_heads`. The largest buffer is `values`. On a CPU
-    the buffers are empty.
+    the buffers are empty. Graphs of steps that also hold chunks have up to `max_tokens` tokens;
+    what they need beyond is made with the first plan for one.
     """
     if setting is not None and (setting.chunk < _CHUNK_STEP or setting.chunk % _CHUNK_STEP):
         raise ValueError(
@@ -106,4 +114,5 @@ def attention_work(
         arrivals=words(seqs * columns).zero_(),
         values=floats(slots, heads, dim),
         sums=floats(slots, heads, 2),
+        max_tokens=max_tokens,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import octavo_kernels._cuda as _cuda
 from octavo_kernels.attention_settings import DecodeSetting
 from octavo_kernels.attention_work import AttentionWork, attention_work
-from octavo_kernels.cuda_prefill import PrefillPlan
+from octavo_kernels.cuda_prefill import any_batch_buffers, any_batch_plan, plan_prefill
 from octavo_kernels.native import Unserved, address, stream_of, type_code
 from octavo_kernels.reference import Variant
 
@@ -22,12 +24,18 @@ def plan_attention(
     tokens: int,
     max_query_len: int | None,
     max_seq_len: int | None,
+    for_graph: bool,
 ) -> None:
-    if num_decodes:
-        _plan_decodes(work, seq_lens, num_decodes)
     work.prefill = None
+    work.for_graph = for_graph
+    if for_graph and query_start is not None:
+        _plan_for_graph(work, seq_lens, num_decodes, query_start, tokens)
+        return
+    if num_decodes:
+        work.decode = _setting(work, num_decodes)
+        _plan_decodes(work, work.decode, seq_lens, num_decodes)
     if num_decodes < len(seq_lens) and query_start is not None:
-        work.prefill = PrefillPlan(
+        work.prefill = plan_prefill(
             query_start,
             seq_lens,
             tokens=tokens,
@@ -38,6 +46,30 @@ def plan_attention(
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
         )
+
+
+def _plan_for_graph(
+    work: AttentionWork,
+    seq_lens: torch.Tensor,
+    num_decodes: int,
+    query_start: torch.Tensor,
+    tokens: int,
+) -> None:
+    """Decodes run as if every token were one, but are cut as so few are, where there is room."""
+    work.decode = _setting(work, min(tokens, work.max_seqs))
+    cut = replace(work.decode, chunk=_setting(work, num_decodes).chunk)
+    _plan_decodes(work, cut, seq_lens, num_decodes)
+    work.prefill = work.plans.get(tokens)
+    if work.prefill is None:
+        shape = {"heads": work.heads, "kv_heads": work.kv_heads, "dim": work.dim}
+        if work.prefill_buffers is None:
+            work.prefill_buffers = any_batch_buffers(
+                tokens=work.max_tokens, seqs=work.max_seqs, device=seq_lens.device, **shape
+            )
+        work.prefill = work.plans[tokens] = any_batch_plan(
+            tokens=tokens, seqs=work.max_seqs, buffers=work.prefill_buffers, **shape
+        )
+    work.prefill.plan(query_start, seq_lens, num_decodes)
 
 
 def paged_attention(  # noqa: PLR0913 (as the operation is)
@@ -55,16 +87,17 @@ def paged_attention(  # noqa: PLR0913 (as the operation is)
 ) -> torch.Tensor:
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     seqs = len(seq_lens)
-    if num_decodes:
+    both = work is not None and work.for_graph
+    if num_decodes or both:
         decode(
             query, key_cache, value_cache, block_tables, seq_lens, scale, variant, num_decodes,
             work, out,
         )  # fmt: skip
-    if num_decodes < seqs:
+    if num_decodes < seqs or both:
         plan = None if work is None else work.prefill
         if plan is None:
             tokens, heads, dim = query.shape
-            plan = PrefillPlan(
+            plan = plan_prefill(
                 query_start,
                 seq_lens,
                 tokens=tokens,
@@ -112,7 +145,8 @@ def decode(  # noqa: PLR0913 (as the operation is)
             device=query.device,
             windows=(variant.window,),
         )
-        _plan_decodes(work, seq_lens, num_decodes)
+        work.decode = _setting(work, num_decodes)
+        _plan_decodes(work, work.decode, seq_lens, num_decodes)
     _check_fits(work, heads, kv_heads, dim, variant.window, num_decodes)
     setting = _planned(work)
     _decode_work(work, setting).attend(
@@ -138,13 +172,18 @@ def decode(  # noqa: PLR0913 (as the operation is)
     )
 
 
-def _plan_decodes(work: AttentionWork, seq_lens: torch.Tensor, num_decodes: int) -> None:
+def _setting(work: AttentionWork, num_decodes: int) -> DecodeSetting:
     if num_decodes > work.max_seqs:
         raise ValueError(
             f"plan_attention: {num_decodes} decodes, but the work is for {work.max_seqs} sequences"
         )
-    work.decode = work.settings[num_decodes]
-    _decode_work(work, work.decode).plan(
+    return work.settings[num_decodes]
+
+
+def _plan_decodes(
+    work: AttentionWork, setting: DecodeSetting, seq_lens: torch.Tensor, num_decodes: int
+) -> None:
+    _decode_work(work, setting).plan(
         seq_lens=seq_lens.data_ptr(),
         num_decodes=num_decodes,
         stream=stream_of(seq_lens),

@@ -90,9 +90,9 @@ def make(case: Case) -> Inputs:
 
 
 def plan_of(case: Case, inputs: Inputs):
-    from octavo_kernels.cuda_prefill import PrefillPlan
+    from octavo_kernels.cuda_prefill import plan_prefill
 
-    return PrefillPlan(
+    return plan_prefill(
         inputs.query_start,
         inputs.seq_lens,
         tokens=len(inputs.query),
@@ -296,15 +296,15 @@ def test_what_is_fastest_is_attention(new, total, dim) -> None:
 
 
 def test_under_the_deterministic_profile_neither_spans_nor_warpgroups_are_used() -> None:
-    from octavo_kernels.cuda_prefill import PrefillPlan
+    from octavo_kernels.cuda_prefill import plan_prefill
 
     case = Case(((200, 3000),))
     inputs = make(case)
     sizes = {"tokens": 200, "heads": case.heads, "kv_heads": case.kv_heads, "dim": case.dim}
-    assert PrefillPlan(inputs.query_start, inputs.seq_lens, **sizes).splits
+    assert plan_prefill(inputs.query_start, inputs.seq_lens, **sizes).splits
     ops.deterministic(True)
     try:
-        plan = PrefillPlan(inputs.query_start, inputs.seq_lens, **sizes)
+        plan = plan_prefill(inputs.query_start, inputs.seq_lens, **sizes)
     finally:
         ops.deterministic(False)
     assert not plan.splits

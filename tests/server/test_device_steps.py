@@ -35,44 +35,52 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 class PaddedGraphs:
-    """Runs steps as graphs would: padded to a few sizes, each rehearsed before it is first run."""
+    """Runs parts of steps as graphs would: padded to a few sizes, each rehearsed when it is new."""
 
-    def __init__(self, step, rehearse) -> None:
-        self.step, self.rehearse = step, rehearse
-        self.sizes, self.known, self.runs = [2, 4, 5], set(), []
-        self.largest = self.sizes[-1]
+    def __init__(self, part, sizes) -> None:
+        self.part, self.sizes = part, sizes
+        self.known, self.runs = set(), []
+        self.largest = sizes[-1]
 
-    def run(self, num_sequences: int) -> None:
-        size = next(size for size in self.sizes if size >= num_sequences)
+    def ready(self, count: int) -> int:
+        size = next(size for size in self.sizes if size >= count)
         if size not in self.known:
             self.known.add(size)
-            self.rehearse(size)
-        self.runs.append((num_sequences, size))
-        self.step(size)
+            self.part.rehearse(size)
+        self.runs.append((count, size))
+        return size
+
+    def run(self, size: int) -> None:
+        assert size in self.known
+        self.part.run(size)
 
     def prepare_one(self) -> bool:
         return False
 
 
-def device_runner(checkpoint, num_blocks: int) -> tuple[Runner, list[PaddedGraphs]]:
-    """The CPU's runner, but with a device's steps."""
+def device_runner(
+    checkpoint, num_blocks: int, rows: int = MAX_SEQS + 1
+) -> tuple[Runner, PaddedGraphs, PaddedGraphs]:
+    """The CPU's runner, but with a device's steps, and what runs decodes and steps with chunks of
+    those; steps of more than 21 tokens have no graph.
+    """
     runner = Runner(str(checkpoint), device="cpu", block_size=BLOCK, seed=3)
     runner.allocate_kv(num_blocks + 1)
     cache = runner._steps._kv_cache
     groups = len(runner.kv_windows)
-    layout = StateLayout(MAX_SEQS, groups * (runner.max_model_len // BLOCK), BUDGET, groups)
+    layout = StateLayout(rows, groups * (runner.max_model_len // BLOCK), BUDGET, groups)
     space = Workspace(runner._decoder, layout, BLOCK, torch.device("cpu"))
     made = []
 
-    def make(step, rehearse):
-        made.append(PaddedGraphs(step, rehearse))
-        return made[-1]
+    def make(decodes, chunks):
+        made.extend((PaddedGraphs(decodes, [2, 4, 5]), PaddedGraphs(chunks, [4, 7, 16, 21])))
+        return made
 
     runner._steps = DeviceSteps(
         runner._decoder, cache, space, HostLane(), make,
         eos_token_ids=runner.eos_token_ids, seed=3,
     )  # fmt: skip
-    return runner, made
+    return runner, *made
 
 
 def plain_runner(checkpoint, num_blocks: int) -> Runner:
@@ -98,11 +106,12 @@ def test_outputs_are_those_of_the_plain_runner(checkpoint, seed, depth) -> None:
     num_blocks = 40 if seed else 24  # the smaller one preempts
     asked = requests(seed, 28)
     expected, preemptions = run(plain_runner(checkpoint, num_blocks), asked, num_blocks, 1)
-    runner, [graphs] = device_runner(checkpoint, num_blocks)
+    runner, decodes, chunks = device_runner(checkpoint, num_blocks)
     got, _ = run(runner, asked, num_blocks, depth)
     same(expected, got)
     same(expected, run(plain_runner(checkpoint, num_blocks), asked, num_blocks, depth)[0])
-    assert any(size > count for count, size in graphs.runs)
+    for graphs in (decodes, chunks):
+        assert any(size > count for count, size in graphs.runs)
     assert preemptions or seed
 
 
@@ -118,7 +127,7 @@ def windowed(tmp_path_factory) -> Path:
 def test_windows_and_swaps_are_those_of_the_plain_runner(windowed, host_blocks) -> None:
     asked = requests(2, 20)
     expected, _ = run(plain_runner(windowed, 400), asked, 400, 1)
-    runner, _ = device_runner(windowed, 44)
+    runner, *_ = device_runner(windowed, 44)
     assert len(runner.kv_windows) == 2
     got, preemptions = run(runner, asked, 44, 2, host_blocks)
     same(expected, got)
@@ -127,7 +136,7 @@ def test_windows_and_swaps_are_those_of_the_plain_runner(windowed, host_blocks) 
 
 @pytest.mark.parametrize("where", ["send", "fetch"])
 def test_who_is_interrupted_can_go_on_with_other_requests(checkpoint, monkeypatch, where) -> None:
-    runner, _ = device_runner(checkpoint, 40)
+    runner, *_ = device_runner(checkpoint, 40)
     calls = []
     real = getattr(HostLane, where)
 
@@ -154,7 +163,7 @@ def test_prompts_of_one_token_have_log_probabilities(checkpoint) -> None:
             0, tokens[start : start + 1], start, [1], samples, want, 0, tokens, len(tokens)
         )
 
-    runner, _ = device_runner(checkpoint, 4)
+    runner, *_ = device_runner(checkpoint, 4)
     plain = plain_runner(checkpoint, 4)
     tokens = [5, 9]
     for start, samples in ((0, False), (1, True)):

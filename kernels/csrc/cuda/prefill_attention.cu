@@ -39,6 +39,11 @@ int slots(bool warpgroups) { return device().multiprocessors * (warpgroups ? 1 :
 
 __host__ __device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
+// Three quarters full is as good as full: fewer blocks on a multiprocessor run faster.
+int enough_tiles(bool warpgroups, int kv_heads) {
+  return divide_up(slots(warpgroups) * 3, 4 * kv_heads);
+}
+
 // How a step's tiles are cut: into spans of so many steps of keys (0: not at all).
 struct Cut {
   int span;
@@ -70,9 +75,9 @@ __device__ int part_begin(int steps, int part, int parts) {
 }
 
 // Lists the items, longest first (by counting in classes of length): blocks are started in their
-// order, and what is started last should be short. One block.
+// order, and what is started last should be short. With `enough_tiles` none is split. One block.
 __global__ void plan_kernel(const PrefillBatch batch, const PrefillPlan plan, int min_span,
-                            int wanted_items) {
+                            int wanted_items, int enough_tiles) {
   __shared__ int places[kLengths];
   __shared__ int tiles, longest, splits, partials;
   __shared__ unsigned long long work;
@@ -89,7 +94,7 @@ __global__ void plan_kernel(const PrefillBatch batch, const PrefillPlan plan, in
     atomicAdd(&work, static_cast<unsigned long long>(divide_up(end, kStep)));
   });
   __syncthreads();
-  const bool cut_up = plan.sizes.max_splits > 0;
+  const bool cut_up = plan.sizes.max_splits > 0 && tiles < enough_tiles;
   const Cut cut{cut_up ? max(divide_up(min_span, kStep),
                              int((work + wanted_items - 1) / wanted_items))
                        : 0};
@@ -244,13 +249,14 @@ PrefillSizes prefill_sizes(const PrefillBatch& batch, int max_query_len, Prefill
   const bool warpgroups = options.warpgroups && !small && device().capability == 9 &&
                           (batch.dim == 64 || batch.dim == 128);
   const int tiles = int(int64_t(tokens) * group / tile_rows) + std::min(seqs, tokens);
-  // Three quarters full is as good as full: fewer blocks on a multiprocessor run faster.
-  const bool split = options.min_span > 0 &&
-                     int64_t(tiles) * batch.kv_heads * 4 < int64_t(slots(warpgroups)) * 3;
+  const int enough = enough_tiles(warpgroups, batch.kv_heads);
+  const int split_tiles = std::min(tiles, enough - 1);
+  const bool split = options.min_span > 0 && split_tiles > 0 &&
+                     (options.any_batch || tiles < enough);
   if (!split) return {warpgroups, tile_rows, tiles, 0, 0};
   // Rounding up the parts of every tile adds at most one item a tile.
-  const int items = divide_up(slots(warpgroups) * kRounds, batch.kv_heads) + tiles;
-  return {warpgroups, tile_rows, items, tiles, items};
+  const int parts = divide_up(slots(warpgroups) * kRounds, batch.kv_heads) + split_tiles;
+  return {warpgroups, tile_rows, std::max(tiles, parts), split_tiles, parts};
 }
 
 int64_t prefill_list_words(const PrefillSizes& sizes) {
@@ -277,7 +283,7 @@ void plan_prefill(const PrefillBatch& batch, const PrefillPlan& plan, PrefillOpt
   if (plan.sizes.max_items == 0) return;
   const int wanted = divide_up(slots(plan.sizes.warpgroups) * kRounds, batch.kv_heads);
   launch(plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream, batch, plan, options.min_span,
-         wanted);
+         wanted, enough_tiles(plan.sizes.warpgroups, batch.kv_heads));
 }
 
 void prefill_attention(const PrefillAttention& args, const PrefillBatch& batch,

@@ -4,6 +4,9 @@
 // of all heads that share a key head are packed as rows (token by token, the heads of a token
 // side by side), rows are cut into tiles, and where the tiles are too few to fill the device,
 // their keys are split into spans. The plan lists the (tile, span) items, longest first.
+//
+// What runs and its grids follow from PrefillSizes. Made for any batch, they follow from the number
+// of tokens alone, so that a captured graph serves whatever is planned ahead of its replay.
 #pragma once
 
 #include "types.h"
@@ -77,6 +80,7 @@ struct PrefillOptions {
   // a row's bits depend on its own keys alone, whatever the chunks and the batch.
   int32_t min_span;
   bool warpgroups;  // Hopper's products, where there are tiles of 128 rows and a kernel for the dim
+  bool any_batch;   // the sizes hold for any batch of as many tokens and no more sequences
 };
 
 PrefillSizes prefill_sizes(const PrefillBatch& batch, int max_query_len, PrefillOptions options);

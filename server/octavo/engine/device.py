@@ -2,7 +2,8 @@
 
 A step is: what changed goes to the device; the device makes the inputs, runs the model, draws and
 records the tokens; the tokens come back while the next step runs. Where all sequences have one
-token, all but the first and the last of that is one graph.
+token, all but the first and the last of that is one graph; of a step with chunks it is the model up
+to the last layer's attention, which is all that runs for every token.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import torch
 from octavo.core.step import ScheduledSequence, StepPlan, StepResult, drawn_by_host
 from octavo.engine.adjust import begin
 from octavo.engine.eager import Done, draw_of
-from octavo.engine.graphs import DecodeRunner
+from octavo.engine.graphs import Part, PartRunner
 from octavo.engine.lane import Fetch, Lane
 from octavo.engine.logprobs import drawn_logprobs, prompt_logprobs
-from octavo.engine.rows import RowTable, StepInputs, Stretch, messages
+from octavo.engine.rows import RowTable, StepInputs, Stretch, messages, padding
 from octavo.engine.sampler import sample
 from octavo.engine.swap import HostBlocks
 from octavo.engine.workspace import Workspace
 from octavo.logprobs import TokenLogprobs
-from octavo.models.decoder import FEW_ROWS, Batch, Decoder
+from octavo.models.decoder import Batch, Decoder
 from octavo.params import MAX_N
 from octavo_kernels import batch_state, ops, sampling
 from octavo_kernels.batch_state import BatchState
@@ -37,8 +38,8 @@ MESSAGE_WORDS = 1 << 18
 MOST_LOGPROBS = 2 * MAX_N
 MOST_FETCHED = 3 + 2 * MOST_LOGPROBS
 
-# Makes what runs decode steps, of the step itself and of the same to no effect.
-MakeGraphs = Callable[[Callable[[int], None], Callable[[int], None]], DecodeRunner]
+# Makes what runs decode steps, by their sequences, and steps with chunks, by their tokens.
+MakeGraphs = Callable[[Part, Part], tuple[PartRunner, PartRunner]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -127,7 +128,9 @@ class DeviceSteps:
         self._by_host: set[int] = set()
         self._logprobs: dict[int, int] = {}
         self._steps = 0
-        self._graphs = make_graphs(self._decode, self._rehearse)
+        self._graphs, self._chunk_graphs = make_graphs(
+            Part(self._decode, self._rehearse), Part(self._chunks, self._rehearse_chunks)
+        )
 
     def submit(self, plan: StepPlan) -> InFlight | Done:
         """Queue the step. Waits for it where the host has to draw for a sequence.
@@ -149,6 +152,9 @@ class DeviceSteps:
             ops.copy_blocks(self._kv_cache.flatten(0, 1), pairs.long())
         inputs = self._rows.advance(plan)
         self._note_rows(plan)
+        tokens = self._graph_tokens(inputs)
+        if tokens is not None:
+            inputs.sent.append(padding(self._space.layout, inputs.num_sequences, tokens))
         self._send(inputs.sent)
         for row, share in inputs.fresh:
             begin(self._space.adjustments, row, share, self._eos_token_ids)
@@ -156,9 +162,9 @@ class DeviceSteps:
             return Done(StepResult([]))
         of_prompts: Mapping[int, list[TokenLogprobs]] = {}
         if inputs.has_chunks:
-            of_prompts = self._run_chunks(plan, inputs)
+            of_prompts = self._run_chunks(plan, inputs, tokens)
         elif inputs.num_sequences <= self._graphs.largest:
-            self._graphs.run(inputs.num_sequences)
+            self._graphs.run(self._graphs.ready(inputs.num_sequences))
         else:
             self._decode(inputs.num_sequences)
         by_host, of_tokens = self._draw_by_host(plan, inputs)
@@ -177,7 +183,7 @@ class DeviceSteps:
     def prepare_one(self) -> bool:
         """Use an idle moment for a step to come; False when nothing is left to prepare."""
         with self._lane.scope(), torch.inference_mode():
-            return self._graphs.prepare_one()
+            return self._graphs.prepare_one() or self._chunk_graphs.prepare_one()
 
     def _send(self, sent: Sequence[Stretch]) -> None:
         for message in messages(sent, MESSAGE_WORDS):
@@ -192,8 +198,7 @@ class DeviceSteps:
 
     def _rehearse(self, size: int) -> None:
         """The same for nobody: nothing is stored, nothing moves on."""
-        if size > FEW_ROWS:
-            self._model.tune(size)
+        self._model.tune(size)
         self._run_decode(self._space.nobody, size)
         self._sample(size)
 
@@ -217,12 +222,7 @@ class DeviceSteps:
             softcap=spec.logit_softcap or 0.0,
         )
 
-    def _batch(
-        self,
-        inputs: StepInputs,
-        query_start: torch.Tensor,
-        logit_rows: torch.Tensor | None = None,
-    ) -> Batch:
+    def _batch(self, inputs: StepInputs, query_start: torch.Tensor) -> Batch:
         """The buffers, as far as the step needs them."""
         out, sequences, tokens = self._space.buffers, inputs.num_sequences, inputs.num_tokens
         return Batch(
@@ -232,7 +232,7 @@ class DeviceSteps:
             query_start=query_start[: sequences + 1],
             seq_lens=out.seq_lens[:sequences],
             block_tables=tuple(tables[:sequences] for tables in out.block_tables),
-            logit_rows=logit_rows,
+            logit_rows=None,
             num_decodes=inputs.num_decodes,
             max_query_len=inputs.max_query_len,
             attention_work=self._space.attention,
@@ -240,31 +240,70 @@ class DeviceSteps:
 
     # Steps with chunks of prompts.
 
-    def _run_chunks(self, plan: StepPlan, inputs: StepInputs) -> Mapping[int, list[TokenLogprobs]]:
-        """Each sequence's last token gives a row of logits, whether it is wanted or not."""
-        size = inputs.num_sequences
-        batch_state.build_inputs(
-            self._space.state, self._space.buffers, size, self._block_size, one_token=False
-        )
-        starts = self._space.state.query_start
+    def _graph_tokens(self, inputs: StepInputs) -> int | None:
+        """The tokens of the graph that takes a step with chunks, with one more sequence as padding;
+        None where there is none. Nothing of the step may be on the device yet.
+        """
+        room = inputs.num_sequences < self._space.layout.max_rows
+        if not (inputs.has_chunks and room and inputs.num_tokens <= self._chunk_graphs.largest):
+            return None
+        return self._chunk_graphs.ready(inputs.num_tokens)
+
+    def _run_chunks(
+        self, plan: StepPlan, inputs: StepInputs, tokens: int | None
+    ) -> Mapping[int, list[TokenLogprobs]]:
+        """Each sequence's last token gives a row of logits, whether it is wanted or not.
+
+        By the graph of so many `tokens`, or where there is none one operation after the other.
+        """
+        space, size = self._space, inputs.num_sequences
+        starts = space.state.query_start
         logit_rows = starts[1 : size + 1].long() - 1
         if inputs.prompt_rows:
             of_prompts = torch.tensor(inputs.prompt_rows, device=starts.device)
             logit_rows = torch.cat((logit_rows, of_prompts))
-        ops.plan_attention(
-            self._space.attention,
-            self._space.buffers.seq_lens[:size],
-            inputs.num_decodes,
-            query_start=starts[: size + 1],
-            tokens=inputs.num_tokens,
-            max_query_len=inputs.max_query_len,
-            max_seq_len=inputs.max_chunk_end,
-        )
-        batch = self._batch(inputs, starts, logit_rows)
-        hidden = self._model.hidden(batch, self._kv_cache)
-        self._model.raw_logits(hidden[:size], self._space.logits[:size])
+        self._plan_chunks(space.state, inputs, tokens)
+        if tokens is None:
+            attended = self._model.body(self._batch(inputs, starts), self._kv_cache)
+        else:
+            self._chunk_graphs.run(tokens)
+            attended = space.attended
+        hidden = self._model.tail(attended, logit_rows)
+        self._model.raw_logits(hidden[:size], space.logits[:size])
         self._record(size)
         return prompt_logprobs(plan.chunks, hidden[size:], self._model.logits)
+
+    def _plan_chunks(self, state: BatchState, inputs: StepInputs, tokens: int | None) -> None:
+        """The inputs and the plan of attention, with those of the padding where there are any."""
+        out, size = self._space.buffers, inputs.num_sequences + (tokens is not None)
+        batch_state.build_inputs(state, out, size, self._block_size, one_token=False)
+        ops.plan_attention(
+            self._space.attention,
+            out.seq_lens[:size],
+            inputs.num_decodes,
+            query_start=state.query_start[: size + 1],
+            tokens=inputs.num_tokens if tokens is None else tokens,
+            max_query_len=inputs.max_query_len,
+            max_seq_len=inputs.max_chunk_end,
+            for_graph=tokens is not None,
+        )
+
+    def _chunks(self, tokens: int) -> None:
+        """What every token of the step that was planned last needs, whichever sequence's it is."""
+        rows = self._space.layout.max_rows
+        batch = self._batch(StepInputs(rows, tokens, 0, tokens), self._space.state.query_start)
+        found = self._model.body(batch, self._kv_cache)
+        for kept, one in zip(self._space.attended, found, strict=True):
+            if kept is not None and one is not None:
+                kept[:tokens].copy_(one)
+
+    def _rehearse_chunks(self, tokens: int) -> None:
+        """The same for nobody: all tokens are padding."""
+        self._model.tune(tokens, logits=False)
+        nobody = self._space.nobody
+        nobody.query_start.fill_(tokens)[:1].zero_()
+        self._plan_chunks(nobody, StepInputs(0, tokens, 0, tokens), tokens)
+        self._chunks(tokens)
 
     # What else is wanted of some.
 

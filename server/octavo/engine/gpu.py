@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from octavo.core.sequence import blocks_for
 from octavo.engine.device import MESSAGE_WORDS, MOST_FETCHED, DeviceSteps
-from octavo.engine.graphs import CudaGraphs, DecodeRunner, Direct, graph_sizes
+from octavo.engine.graphs import (
+    CudaGraphs,
+    Direct,
+    GraphMemory,
+    Part,
+    PartRunner,
+    chunk_sizes,
+    graph_sizes,
+)
 from octavo.engine.lane import CudaLane
 from octavo.engine.rows import StateLayout
 from octavo.engine.workspace import Workspace
 from octavo.models.decoder import Batch, Decoder
 from octavo_kernels import ops
 
-# What the graphs of all sizes take: the driver's own memory, and one pool for what a step needs in
-# between.
+# What the graphs of all sizes take of the driver's own memory, and what searching for the fastest
+# products does beyond what steps took before.
 GRAPH_BYTES = 512 << 20
+# What a step takes in between does not lie in a graph's memory as closely as it was measured.
+_LOOSE = 1.25
 # Their references look at what is on the device, which the capture of a graph does not allow.
 _NOT_TO_CAPTURE = {"build_inputs", "mixture", "paged_attention", "record_tokens", "sample"}
 
@@ -47,23 +57,25 @@ class Gpu:
         width = -(-(blocks_for(max_model_len, block_size) + 1) // 4) * 4
         groups = len(model.layout.windows)
         tokens = max(max_num_tokens, max_num_seqs)
-        layout = StateLayout(max_num_seqs, groups * width, tokens, groups)
+        # One row more than sequences: what pads a step with chunks counts as one.
+        layout = StateLayout(max_num_seqs + 1, groups * width, tokens, groups)
         self._model = model
         self._block_size = block_size
         self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
         self._dtype = model.parameters["embedding"].dtype
         self._eager = eager
         torch.cuda.synchronize(device)  # the weights were not loaded on this lane
         self._lane = CudaLane(device, MESSAGE_WORDS, max_num_seqs * MOST_FETCHED)
         with self._lane.scope(), torch.inference_mode():
             self._space = Workspace(model, layout, block_size, device)
-            self._rehearse_chunks()
+            self._step_bytes = self._rehearse_chunks()
         torch.cuda.synchronize(device)
 
     @property
     def reserved_bytes(self) -> int:
         """What is not taken yet and must not go to the cache."""
-        return 0 if self._eager else GRAPH_BYTES
+        return 0 if self._eager else GRAPH_BYTES + self._step_bytes
 
     def steps(self, kv_cache: torch.Tensor, eos_token_ids: Sequence[int], seed: int) -> DeviceSteps:
         """Steps over that cache."""
@@ -78,31 +90,44 @@ class Gpu:
             seed=seed,
         )
 
-    def _graphs(self, step: Callable[[int], None], rehearse: Callable[[int], None]) -> DecodeRunner:
-        rows = self._space.layout.max_rows
-        if self._eager:
-            return Direct(step, rows)
+    def _graphs(self, decodes: Part, chunks: Part) -> tuple[PartRunner, PartRunner]:
+        rows, tokens = self._max_num_seqs, self._space.layout.max_tokens
+        memory = GraphMemory(self._step_bytes, self._space.words.device)
+        kinds = (
+            ("sequences", decodes, graph_sizes(rows), Direct(decodes, rows)),
+            ("tokens", chunks, chunk_sizes(tokens), Direct(chunks, 0)),
+        )
+        by_sequences, by_tokens = (
+            CudaGraphs(part, sizes, memory, name)
+            if not self._eager and self._can_be_captured(part, sizes[0], name)
+            else direct
+            for name, part, sizes, direct in kinds
+        )
+        return by_sequences, by_tokens
+
+    def _can_be_captured(self, part: Part, size: int, name: str) -> bool:
         before = Counter(ops.calls)
         with self._lane.scope(), torch.inference_mode():
-            rehearse(1)
-        on_torch = {op for op, ran in ops.calls - before if ran == "reference"} & _NOT_TO_CAPTURE
+            part.rehearse(size)
+        on_torch = {op for op, ran in ops.calls - before if ran != "cuda"} & _NOT_TO_CAPTURE
         if on_torch:
             logger.warning(
-                "decode steps are not captured as CUDA graphs, because torch runs %s",
+                "steps by their %s are not captured as CUDA graphs, because torch runs %s",
+                name,
                 ", ".join(sorted(on_torch)),
             )
-            return Direct(step, rows)
-        return CudaGraphs(step, rehearse, graph_sizes(rows))
+        return not on_torch
 
-    def _rehearse_chunks(self) -> None:
+    def _rehearse_chunks(self) -> int:
         """Run the largest step to no effect: what it takes in between stays taken, for others.
+        Returns how many bytes graphs need for the same, the largest of them.
 
         As many whole prompts as there is room for, all in a block 0 that nothing is stored in.
         """
         layout, spec, device = self._space.layout, self._model.spec, self._space.words.device
         layers, tokens = self._model.layout.layers_per_group, layout.max_tokens
         longest = min(tokens, self._max_model_len)
-        count = min(-(-tokens // longest), layout.max_rows)
+        count = min(-(-tokens // longest), self._max_num_seqs)
         tokens = min(tokens, count * longest)
         starts = torch.arange(count + 1, device=device).mul_(longest).clamp_(max=tokens)
         out = self._space.buffers
@@ -123,8 +148,10 @@ class Gpu:
             max_query_len=longest,
             attention_work=self._space.attention,
         )
+        work, taken = self._space.attention, torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         ops.plan_attention(
-            self._space.attention,
+            work,
             batch.seq_lens,
             0,
             query_start=batch.query_start,
@@ -133,3 +160,8 @@ class Gpu:
         )
         hidden = self._model.hidden(batch, cache)
         self._model.raw_logits(hidden, self._space.logits[:count])
+        taken = torch.cuda.max_memory_allocated(device) - taken
+        # A plan of nothing makes what plans for graphs share.
+        none, start = batch.seq_lens[:0], batch.query_start[:1]
+        ops.plan_attention(work, none, 0, query_start=start, tokens=work.max_tokens, for_graph=True)
+        return int(_LOOSE * taken * work.max_tokens / tokens)

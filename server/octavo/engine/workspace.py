@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 
 from octavo.engine.adjust import MAX_LISTED
+from octavo.engine.graphs import LARGEST_CHUNKS
 from octavo.engine.rows import StateLayout
-from octavo.models.decoder import Decoder
+from octavo.models.decoder import Attended, Decoder
+from octavo.models.spec import DecoderSpec
 from octavo_kernels import ops, sampling
 from octavo_kernels.batch_state import BatchState, StepBuffers
 from octavo_kernels.record import RECORD_WORDS
@@ -18,7 +20,8 @@ from octavo_kernels.reference_sampling import Sampling
 class Workspace:
     """All that steps on a device need but the model and the cache, as large as any may need.
 
-    `logits` [rows, vocab] are of the model's type. Made before the cache, which takes the rest.
+    `logits` [rows, vocab] are of the model's type; so is `attended`, which a graph leaves of the
+    tokens of a step with chunks. Made before the cache, which takes the rest.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class Workspace:
         self.one_each = torch.arange(layout.max_rows + 1, dtype=torch.int32, device=device)
         dtype = model.parameters["embedding"].dtype
         self.logits = torch.zeros(layout.max_rows, spec.vocab_size, dtype=dtype, device=device)
+        tokens = min(layout.max_tokens, LARGEST_CHUNKS)
+        self.attended = _attended(spec, tokens, dtype, device)
         self.drawn = torch.zeros(2, layout.max_rows, dtype=torch.int32, device=device)
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.attention = ops.attention_work(
@@ -59,6 +64,7 @@ class Workspace:
             dim=spec.head_dim,
             device=device,
             windows=[layer.window or 0 for layer in spec.layers],
+            max_tokens=tokens,
         )
 
 
@@ -72,6 +78,14 @@ def _views(words: torch.Tensor, layout: StateLayout) -> BatchState:
         query_start=words[layout.query_start : layout.chunk],
         chunk=words[layout.chunk :],
     )
+
+
+def _attended(spec: DecoderSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> Attended:
+    def zeros(width: int) -> torch.Tensor:
+        return torch.zeros(tokens, width, dtype=dtype, device=device)
+
+    normed = zeros(spec.hidden_size) if spec.placement == "parallel" else None
+    return Attended(zeros(spec.query_size), zeros(spec.hidden_size), normed)
 
 
 def _buffers(layout: StateLayout, device: torch.device) -> StepBuffers:
