@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 from api_server import MODEL, ApiServer, eventually, running
+from gpu import DEVICE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CHAT = "/v1/chat/completions"
@@ -24,7 +25,8 @@ QUESTIONS = ["What is 12 + 7?", "Count from 5 to 30.", "Spell the word house.", 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    flags = ("--device", "cpu", "--num-kv-blocks", "256", "--num-threads", "1")
+    flags = ("--device", DEVICE, "--dtype", "float32", "--num-kv-blocks", "256",
+             "--num-threads", "1")  # fmt: skip
     with running(tmp_path_factory.mktemp("real"), *flags, engine=None, ready=False) as server:
         server.until_ready(90)
         yield server
@@ -167,7 +169,7 @@ def test_a_broken_model_is_told_by_name(tmp_path: Path) -> None:
     folder.mkdir()
     for file in MODEL.iterdir():
         (folder / file.name).write_bytes(file.read_bytes()[:100_000])
-    flags = ("--device", "cpu")
+    flags = ("--device", DEVICE)
     with running(tmp_path, *flags, engine=None, model=folder, ready=False) as server:
         eventually(lambda: server.load()["state"] == "Failed", 60, "Failed")
         failure = server.load()["failure"]
