@@ -4,6 +4,7 @@ Of the same tokens and weights: the prompt's by our prefill, the drawn ones' by 
 through the engine; transformers' by each of its attention kernels, in one forward pass.
 """
 
+import re
 import warnings
 from contextlib import nullcontext
 
@@ -132,8 +133,9 @@ def test_logits_are_within_the_spread_of_transformers_kernels(name, tmp_path) ->
             try:
                 values = theirs(loaded(folder, how="sdpa"), tokens, back_end)
             except RuntimeError as error:
-                assert "No available kernel" in str(error)
-                continue
+                if re.search("No (available|viable)", str(error)):
+                    continue
+                raise
         apart[kernel] = distance(name, values, truth)
     assert len(apart) >= 3 or not MODELS[name][2]
     mine = distance(name, found, truth)
