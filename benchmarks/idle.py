@@ -3,9 +3,9 @@
     python benchmarks/idle.py --model llama-8b --load sharegpt --after 150 350 --steps 50
 
 Busy is the union of the times of all kernels and copies, as the profiler saw them, over the time
-that the steps took. The profiler makes steps slower, never faster: so the idle share it gives is
-from above, and the milliseconds of as many steps right before, without it, are given beside it.
-Without a GPU there are the host's times alone.
+from the first one's begin to the last one's end. The profiler makes steps slower, never faster: so
+the idle share it gives is from above, and the milliseconds of as many steps right before, without
+it, are given beside it. Without a GPU there are the host's times alone.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ Interval = tuple[float, float, str]
 
 @dataclass(slots=True)
 class Busy:
-    """Times on a device in microseconds, from intervals that may overlap.
+    """Times on a device in microseconds, from intervals that may overlap; `span` is from the first
+    begin to the last end.
 
     `exclusive` gives each moment to the kernel that began first of those that run: kernels that
     begin early and wait for the one before are not charged for that.
     """
 
+    span: float = 0.0
     total: float = 0.0
     exclusive: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
@@ -46,13 +48,15 @@ class Busy:
 def busy(intervals: Iterable[Interval]) -> Busy:
     """Add up (begin, end, name) in any order."""
     found, covered = Busy(), float("-inf")
-    for begin, end, name in sorted(intervals):
+    in_order = sorted(intervals)
+    for begin, end, name in in_order:
         found.calls[name] += 1
         alone = end - max(begin, covered)
         if alone > 0:
             found.total += alone
             found.exclusive[name] += alone
             covered = end
+    found.span = covered - in_order[0][0] if in_order else 0.0
     return found
 
 
@@ -103,10 +107,8 @@ class Saturated:
         cuda = torch.profiler.ProfilerActivity.CUDA
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[cuda]) as profile:
-            begin = time.perf_counter()
             taken = self.steps(count)
             torch.cuda.synchronize()
-            wall = 1e6 * (time.perf_counter() - begin)
         events = (e for e in profile.events() or () if e.device_type.name == "CUDA")
         found = busy((e.time_range.start, e.time_range.end, short(e.name)) for e in events)
         top = [
@@ -118,9 +120,9 @@ class Saturated:
             for name, us in found.exclusive.most_common(TOP)
         ]
         return {
-            "profiled_step_ms": round(wall / 1e3 / taken, 3),
+            "profiled_step_ms": round(found.span / 1e3 / taken, 3),
             "busy_ms": round(found.total / 1e3 / taken, 3),
-            "idle": round(1 - found.total / wall, 4),
+            "idle": round(1 - found.total / found.span, 4),
             "bar": BAR,
             "kernels": round(found.calls.total() / taken, 1),
             "top": top,

@@ -7,7 +7,7 @@ Both sides are this engine, with the same requests and the same pool of KV block
 memory bounds the batch. `Unshared` is its scheduler with one rule changed: a branch that is to
 write takes a copy of every block that another holds, not of the last alone; and a group is let in
 when there is room for all of its branches' blocks. Requests never run out: what is measured is a
-window of time, after a while in which the first ones go. One JSON line a run, one a ratio.
+number of steps, after as many as a request mostly lives. One JSON line a run, one a ratio.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +37,11 @@ from octavo.engine.loop import EngineLoop
 
 # The PagedAttention paper's table 1: a 13B model on a 40 GB A100 has room for 15,700 tokens.
 PAPER_BLOCKS = 15_700 // 16
-# Seconds before the window and within it: a request's life is some hundred steps, or a few dozen.
-WINDOWS = {"sharegpt": (1.0, 1.5), "alpaca": (0.3, 0.7)}
-KINDS = ("samples", "beam")
-WIDTHS = (2, 4, 6)
+# Steps before the window and within it: a request's life is some hundred steps, or a few dozen.
+WINDOWS = {"sharegpt": (250, 200), "alpaca": (60, 80)}
+# What says most comes first, should time run out.
+KINDS = ("beam", "samples")
+WIDTHS = (6, 4, 2)
 # Requests that wait at any time, so that only blocks decide how many run.
 BACKLOG = 64
 # A look at all block tables in every so many steps.
@@ -137,10 +139,6 @@ class Run:
                 raise RuntimeError(f"request {output.request_id}: {output.error}")
         self.steps += 1
 
-    def until(self, end: float) -> None:
-        while time.perf_counter() < end:
-            self.step()
-
     def finish(self) -> None:
         """End everything; the books must balance."""
         self.loop.abort_all()
@@ -149,18 +147,19 @@ class Run:
         self.loop.scheduler.check_integrity()
 
 
-def measure(run: Run, before: float, window: float) -> dict[str, Any]:
-    """Tokens a second and blocks within a window of time, after `before` seconds of the same."""
+def measure(run: Run, before: int, steps: int) -> dict[str, Any]:
+    """Tokens a second and blocks within so many steps, after `before` of the same."""
     counters = run.loop.scheduler.counters
     host = HostTimes(run.loop)
-    run.until(time.perf_counter() + before)
+    for _ in range(before):
+        run.step()
     run.looks = Looks()
     host.seconds.clear()
-    steps, preempted, copies = run.steps, counters.preemptions, counters.copies
+    preempted, copies = counters.preemptions, counters.copies
     tokens, begin = counters.generation_tokens, time.perf_counter()
-    run.until(begin + window)
+    for _ in range(steps):
+        run.step()
     seconds = time.perf_counter() - begin
-    steps = run.steps - steps
     found = {
         "s": round(seconds, 3),
         "tok_s": round((counters.generation_tokens - tokens) / seconds, 1),
@@ -210,12 +209,12 @@ def compare(
     limits = llm._loop.scheduler.limits
     requests = [fits(r, limits.max_model_len) for r in draw(load, llm.vocab_size)]
     check_room(requests, width, num_blocks, limits.block_size)
-    before, window = (scale * seconds for seconds in WINDOWS[load])
+    before, steps = (math.ceil(scale * count) for count in WINDOWS[load])
     what = {"load": load, "kind": kind, "width": width, "blocks": num_blocks}
     found = {}
     for sharing in (True, False):
         run = Run(engine(llm, num_blocks, sharing=sharing), requests, kind, width)
-        found[sharing] = measure(run, before, window)
+        found[sharing] = measure(run, before, steps)
         yield {"metric": "sharing", "sharing": sharing} | what | found[sharing]
     yield {
         "metric": "sharing_ratio", **what, "blocks_saved": found[True]["blocks_saved"],

@@ -126,9 +126,10 @@ def test_prompts_are_valid_whatever_the_vocabulary() -> None:
 def test_overlapping_kernels_are_counted_once() -> None:
     found = idle.busy([(10, 20, "b"), (0, 12, "a"), (13, 15, "c"), (30, 31, "a"), (20, 22, "c")])
     assert found.total == 23  # 0..22 and 30..31
+    assert found.span == 31
     assert found.exclusive == {"a": 13, "b": 8, "c": 2}
     assert found.calls == {"a": 2, "b": 1, "c": 2}
-    assert idle.busy([]).total == 0
+    assert idle.busy([]).span == 0
 
 
 # Sharing switched off.
