@@ -35,7 +35,7 @@ def linear(
     if profile.deterministic:
         return cuda_lt.fixed_product(x, weight, bias, out)
     if not ours:
-        result = cuda_lt.product(x, weight, bias, out) if _aligned(x, weight) else None
+        result = cuda_lt.product(x, weight, bias, out) if _lt_takes(x, weight) else None
         if result is None and out is not None:
             raise Unfused
         return functional.linear(x, weight, bias) if result is None else result
@@ -67,9 +67,12 @@ def linear_add(
     bias: torch.Tensor | None,
     ahead: torch.Tensor | None,
 ) -> None:
-    if not _skinny_serves(x, weight, bias, None):
+    if _skinny_serves(x, weight, bias, None):
+        skinny_gemm(x, weight, bias, residual, epilogue=_ADD, ahead=ahead)
+        return
+    many = not takes_few_rows(*x.shape) and not profile.deterministic
+    if not (many and _lt_takes(x, weight) and cuda_lt.add_product(x, weight, bias, residual)):
         raise Unfused
-    skinny_gemm(x, weight, bias, residual, epilogue=_ADD, ahead=ahead)
 
 
 def skinny_gemm(
@@ -135,6 +138,11 @@ def _skinny_serves(
         and _aligned(x, weight)
         and cuda_lt.algorithm_of(cuda_lt.size_of(x, weight, bias)) is None
     )
+
+
+def _lt_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """The library was promised aligned rows, of the result too."""
+    return _aligned(x, weight) and len(weight) * weight.element_size() % _ALIGNMENT == 0
 
 
 def _aligned(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -34,6 +34,8 @@ found: dict[Size, bytes | None] = {}
 # What `found` says of sizes that were not searched: a step asks again for every layer.
 _rounded: dict[Size, bytes | None] = {}
 _fixed: dict[Size, bytes] = {}
+# By which products are added to what is there; None: by none.
+_adding: dict[Size, bytes | None] = {}
 _workspaces: dict[torch.device, torch.Tensor] = {}
 
 
@@ -49,6 +51,24 @@ def product(
     """x · weight^T + bias by the algorithm that was found for the size; None where none was."""
     algorithm = algorithm_of(size_of(x, weight, bias))
     return None if algorithm is None else run(x, weight, bias, out, algorithm)
+
+
+def add_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> bool:
+    """out += x · weight^T + bias, by the heuristic's first algorithm that serves; False, and
+    nothing done, where there is none.
+    """
+    size = size_of(x, weight, bias)
+    if size in _adding:
+        algorithm = _adding[size]
+        return algorithm is not None and run(x, weight, bias, out, algorithm, add=True) is not None
+    for offered in candidates(x, weight, bias, out, count=4, split=True, add=True):
+        if run(x, weight, bias, out, offered, add=True) is not None:
+            _adding[size] = offered
+            return True
+    _adding[size] = None
+    return False
 
 
 def fixed_product(
@@ -104,10 +124,12 @@ def candidates(
     *,
     count: int,
     split: bool,
+    add: bool = False,
 ) -> list[bytes]:
     """What the library's heuristic offers, best first; see `lt_candidates` in `blaslt.h`."""
     return _cuda.lt_candidates(
         **_sizes(x, weight, bias, out),
+        add=add,
         w=weight.data_ptr(),
         workspace_bytes=WORKSPACE_BYTES,
         count=count,
@@ -125,6 +147,7 @@ def rank(
     """Rough seconds of a product by each algorithm; waits for the device."""
     return _cuda.lt_rank(
         **_sizes(x, weights[0], bias, out),
+        add=False,
         weights=[weight.data_ptr() for weight in weights],
         algorithms=algorithms,
         workspace=_workspace(x.device).data_ptr(),
@@ -139,12 +162,17 @@ def run(
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
     algorithm: bytes,
+    *,
+    add: bool = False,
 ) -> torch.Tensor | None:
-    """The product by that algorithm; None where it does not serve the size."""
+    """The product by that algorithm, added to `out` if it says so; None where the algorithm does
+    not serve the size.
+    """
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0]))
     done = _cuda.lt_product(
         **_sizes(x, weight, bias, out),
+        add=add,
         w=weight.data_ptr(),
         algorithm=algorithm,
         workspace=_workspace(x.device).data_ptr(),

@@ -56,3 +56,34 @@ def test_under_the_deterministic_profile_no_row_depends_on_the_others() -> None:
                 assert torch.equal(ops.linear(x[-rows:], w), full[-rows:]), rows
     finally:
         ops.deterministic(False)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [17, 300, 2048])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_of_many_rows_are_added_in_one_kernel(rows, with_bias, dtype) -> None:
+    x = torch.randn(rows, 512, device="cuda").to(dtype)
+    w = (torch.randn(1024, 512, device="cuda") / 16).to(dtype)
+    bias = torch.randn(1024, device="cuda").to(dtype) if with_bias else None
+    residual = torch.randn(rows, 1024, device="cuda").to(dtype)
+    exact = residual.double() + x.double() @ w.double().T
+    exact = exact if bias is None else exact + bias.double()
+    for _ in range(2):  # found, then known
+        out = residual.clone()
+        with ops.forced("cuda"):
+            ops.calls.clear()
+            ops.linear_add(x, w, out, bias)
+        assert list(ops.calls) == [("linear_add", "cuda")]
+        torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=0.02)
+
+
+@needs_gpu
+def test_rows_that_no_promise_of_alignment_holds_for_are_torchs() -> None:
+    x = torch.randn(40, 64, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(1001, 64, device="cuda", dtype=torch.bfloat16)
+    cuda_lt.keep(cuda_lt.size_of(x, w, None), bytes(64))
+    torch.testing.assert_close(ops.linear(x, w), torch.nn.functional.linear(x, w))
+    residual = torch.zeros(40, 1001, device="cuda", dtype=torch.bfloat16)
+    ops.linear_add(x, w, residual)
+    torch.testing.assert_close(residual, torch.nn.functional.linear(x, w))

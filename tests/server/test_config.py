@@ -2,11 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from octavo import cli
-from octavo.config import EngineConfig, limit_threads, parse_serve_args, token_budget
+from octavo.config import (
+    EngineConfig,
+    cache_folder,
+    limit_threads,
+    parse_serve_args,
+    token_budget,
+)
 from octavo.cpus import cpu_limit
 from octavo.errors import ConfigError, ExitCode
 
@@ -195,3 +202,32 @@ def test_what_is_said_of_a_step_s_tokens_is_what_a_step_has(capsys):
     assert f"default {on_gpu}; {on_cpu} on the CPU" in words
     args = cli.build_parser().parse_args(["plan", "m", "--gpu", "h100"])
     assert args.max_num_batched_tokens == on_gpu
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"OCTAVO_CACHE": "/c"}, Path("/c")),
+        ({"OCTAVO_CACHE": ""}, None),
+        ({"OCTAVO_CACHE": "/c", "XDG_CACHE_HOME": "/x"}, Path("/c")),
+        ({"XDG_CACHE_HOME": "/x"}, Path("/x/octavo")),
+        ({"HOME": "/h"}, Path("/h/.cache/octavo")),
+        ({"HOME": "/h", "XDG_CACHE_HOME": ""}, Path("/h/.cache/octavo")),
+    ],
+)
+def test_where_measurements_are_kept(environment, folder, monkeypatch):
+    for name in ("OCTAVO_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == folder
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("OCTAVO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() is None

@@ -105,10 +105,15 @@ def test_logits_are_those_of_transformers(changes, tmp_path) -> None:
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("few", [0, 2, 20])
-def test_the_last_layer_ends_with_the_rows_that_are_wanted(few, tmp_path, monkeypatch) -> None:
+# As on a GPU: neither few nor many rows; few in the tail alone; all few; many but for the tail.
+@pytest.mark.parametrize(("few", "many"), [(0, 99), (2, 99), (20, 99), (2, 20)])
+def test_the_last_layer_ends_with_the_rows_that_are_wanted(
+    few, many, tmp_path, monkeypatch
+) -> None:
     decoder = load_decoder(llama_checkpoints.write(tmp_path / "model"))
-    decoder._few_rows = few  # as on a GPU: none, the tail alone, all
+    plain = logits(decoder, list(range(20)), 20)
+    decoder._few_rows, decoder._many_rows = few, many
+    torch.testing.assert_close(logits(decoder, list(range(20)), 20), plain, rtol=1e-5, atol=1e-5)
     prompt = torch.randint(0, 96, (20,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = logits(decoder, prompt, 20)
     spec = decoder.spec

@@ -153,10 +153,10 @@ struct Problem {
 
 bool run(const LtProduct& product, const Problem& problem, const LtAlgorithm& algorithm,
          LtWorkspace workspace, cudaStream_t stream) {
-  const float one = 1, zero = 0;
+  const float one = 1, of_before = product.add ? 1 : 0;
   const int status = library().matmul(
       handle(), problem.desc.get(), &one, product.w, problem.a.get(), product.x, problem.b.get(),
-      &zero, product.out, problem.d.get(), product.out, problem.d.get(), &algorithm,
+      &of_before, product.out, problem.d.get(), product.out, problem.d.get(), &algorithm,
       workspace.data, workspace.bytes, stream);
   if (status == kNotSupported || status == kInvalidValue) return false;
   require(status, "cublasLtMatmul");

@@ -17,7 +17,8 @@ using LtAlgorithm = std::array<uint64_t, 8>;
 
 constexpr int kLtAlignment = 16;  // bytes, of all pointers and rows
 
-// out[rows, n] = x[rows, k] · w[n, k]^T + bias[n]; rows of x lie x_stride elements apart.
+// out[rows, n] = x[rows, k] · w[n, k]^T + bias[n], or out += that; rows of x lie x_stride elements
+// apart. What is added to is rounded once, with the sum.
 struct LtProduct {
   DType dtype;       // bf16 or fp16: of all tensors; sums are in float32
   const void* x;
@@ -26,6 +27,7 @@ struct LtProduct {
   const void* bias;  // or null
   void* out;
   int64_t rows, n, k;
+  bool add;
 };
 
 struct LtWorkspace {

@@ -9,6 +9,7 @@ candidates are that close.
 from __future__ import annotations
 
 import contextlib
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,6 +30,9 @@ Planes = tuple[torch.Tensor, ...]
 # For no more rows a GPU spends its time on starting kernels: norms, gates and sums then ride on the
 # products before or after them.
 FEW_ROWS = 16
+# From so many rows on the sums are worth a place in the products, which then read and write the
+# residual once less for each norm; in between, norms add in passing.
+MANY_ROWS = 1024
 
 
 @dataclass(slots=True, frozen=True)
@@ -93,7 +97,8 @@ class Decoder:
         ]
         on_gpu = device.type == "cuda"
         self._product = ops.linear if on_gpu else linear
-        self._few_rows = FEW_ROWS if on_gpu and _is_plain(spec) else 0
+        plain = on_gpu and _is_plain(spec)
+        self._few_rows, self._many_rows = (FEW_ROWS, MANY_ROWS) if plain else (0, sys.maxsize)
         self._head_norms = [self._head_norm(f"layers.{i}.") for i in range(spec.num_layers)]
         self._matched = False
 
@@ -162,8 +167,8 @@ class Decoder:
         """The rest of a layer: what it gave, to be added to the residual; None when it was."""
         spec, at = self.spec, f"layers.{index}."
         mixed, residual, normed = attended
-        if len(residual) <= self._few_rows:
-            self._conclude_few_rows(index, mixed, residual)
+        if not self._few_rows < len(residual) < self._many_rows:
+            self._conclude_plain(index, mixed, residual)
             return None
         layer, x = spec.layers[index], self._linear(at + "output", mixed)
         if normed is not None:  # both halves of the layer read the same residual
@@ -173,9 +178,10 @@ class Decoder:
         x = self._mlp(at, layer, self._add_norm(at + "mlp_norm", x, residual))
         return self._norm(at + "mlp_out_norm", x)
 
-    def _conclude_few_rows(self, index: int, mixed: torch.Tensor, residual: torch.Tensor) -> None:
-        """`residual` becomes a plain layer's output, which takes six kernels in all. Each product
-        has the next one's weight brought nearer.
+    def _conclude_plain(self, index: int, mixed: torch.Tensor, residual: torch.Tensor) -> None:
+        """`residual` becomes a plain layer's output, by products that add to it. Of few rows, norm
+        and gate ride on them too, and each has the next one's weight brought nearer: a layer is six
+        kernels then.
         """
         at, p = f"layers.{index}.", self.parameters
         gate_up, down = p[at + "gate_up"], p[at + "down"]
