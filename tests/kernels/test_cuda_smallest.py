@@ -139,6 +139,7 @@ def test_smallest(run) -> None:
         run()
 
 
+@pytest.mark.filterwarnings("ignore")  # the tracer's, of itself
 def test_that_is_every_kernel() -> None:
     """Those whose names the GPU's tracer saw are those of the sources."""
     wanted = {
