@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,7 +16,11 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -60,6 +66,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         labels = (model_name, "0")
         self._registry.register(_EngineCollector(labels, cache_config, view))
+        self._tokens = _TokenCollector(labels)
+        self._registry.register(self._tokens)
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
 
@@ -72,12 +80,8 @@ class Metrics:
             ).labels(*labels)
 
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens processed.")
-        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         self._ttft = histogram(
             "vllm:time_to_first_token_seconds", "From admission to the first token.", TTFT_BUCKETS
-        )
-        self._gap = histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.", GAP_BUCKETS
         )
         self._latency = histogram(
             "vllm:e2e_request_latency_seconds", "From admission to the end.", LATENCY_BUCKETS
@@ -114,11 +118,12 @@ class Metrics:
 
     def on_gap(self, seconds: float) -> None:
         """A further token of a sequence came after `seconds`."""
-        self._gap.observe(seconds)
+        self._tokens.gaps[bisect_left(GAP_BUCKETS, seconds)] += 1
+        self._tokens.gap_seconds += seconds
 
     def on_tokens(self, count: int) -> None:
         """Tokens were generated."""
-        self._generation_tokens.inc(count)
+        self._tokens.count += count
 
     def on_finished(
         self, reason: str, prompt_tokens: int, generated: int, seconds: float | None
@@ -134,6 +139,31 @@ class Metrics:
     def on_rejected(self, reason: str) -> None:
         """A request was refused at the door."""
         self._rejected[reason].inc()
+
+
+class _TokenCollector(Collector):
+    """What is counted for every token: plain numbers, because the event loop alone adds to them
+    and the client library's locks would cost more than all else that is done for a token.
+    """
+
+    def __init__(self, labels: tuple[str, str]) -> None:
+        self._labels = labels
+        self.count = 0
+        self.gaps = [0] * (len(GAP_BUCKETS) + 1)  # by the smallest bound that holds it
+        self.gap_seconds = 0.0
+
+    def collect(self) -> Iterator[Metric]:
+        """Both families; the buckets add up, as Prometheus wants them."""
+        tokens = CounterMetricFamily("vllm:generation_tokens", "Tokens generated.", labels=LABELS)
+        tokens.add_metric(self._labels, self.count)
+        yield tokens
+        gaps = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.", labels=LABELS
+        )
+        bounds = [*(str(float(bound)) for bound in GAP_BUCKETS), "+Inf"]
+        up_to = zip(bounds, accumulate(self.gaps), strict=True)
+        gaps.add_metric(self._labels, list(up_to), self.gap_seconds)
+        yield gaps
 
 
 class _EngineCollector(Collector):

@@ -39,7 +39,8 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
     """API → engine: end the process once the current step is done."""
 
 
-class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+# Without the collector's care: one is made for each token, and it can be part of no cycle.
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sample of a request: of the one numbered `index`, from 0.
 
     A beam search gives each hypothesis whole, best first, with its `score`.

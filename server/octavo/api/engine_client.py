@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
+import msgspec
 import zmq
-import zmq.asyncio
 
 from octavo.wire import (
     AbortRequest,
@@ -27,10 +29,12 @@ REQUESTS_SOCKET = "requests.sock"
 EVENTS_SOCKET = "events.sock"
 # How long a closing socket may still deliver a Stop.
 LINGER_MS = 500
+# Messages read in one turn: where the API falls behind, what they hold is sent together.
+MAX_MESSAGES_AT_ONCE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+# One is made for each token, and it can be part of no cycle.
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """One output, whose it is (the index of the choice) and when it came (monotonic seconds)."""
 
     index: int
@@ -38,24 +42,49 @@ class Arrival:
     at: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Mailbox:
-    """Where the outputs of one HTTP request wait; taking empties it, so slow readers coalesce."""
+    """Where the outputs of one HTTP request wait; taking empties it, so slow readers coalesce.
+
+    Whoever puts outputs in calls `notify` when the last of them are there.
+    """
 
     _arrivals: list[Arrival] = field(default_factory=list)
     _waiting: asyncio.Event = field(default_factory=asyncio.Event)
+    _reader: Callable[[], None] | None = None
 
-    def put(self, arrival: Arrival) -> None:
-        """Add an output and wake the owner."""
+    def put(self, arrival: Arrival) -> bool:
+        """Add an output; True if it is the first since the mailbox was emptied."""
         self._arrivals.append(arrival)
-        self._waiting.set()
+        return len(self._arrivals) == 1
+
+    def notify(self) -> None:
+        """Call the reader at once, or wake the task that takes."""
+        if self._reader is not None:
+            self._reader()
+        else:
+            self._waiting.set()
+
+    def empty(self) -> list[Arrival]:
+        """Take what is there."""
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
 
     async def take(self) -> list[Arrival]:
         """Wait for at least one output; return all that are there."""
-        await self._waiting.wait()
-        arrivals, self._arrivals = self._arrivals, []
-        self._waiting.clear()
-        return arrivals
+        while not self._arrivals:
+            self._waiting.clear()
+            await self._waiting.wait()
+        return self.empty()
+
+    @contextlib.contextmanager
+    def read_by(self, reader: Callable[[], None]) -> Iterator[None]:
+        """Have `reader` called with every notification, in the turn of the loop that brings it."""
+        self._reader = reader
+        try:
+            yield
+        finally:
+            self._reader = None
 
 
 @dataclass(slots=True)
@@ -84,7 +113,7 @@ class EngineClient:
         self._requests.setsockopt(zmq.SNDHWM, 0)
         self._requests.setsockopt(zmq.LINGER, LINGER_MS)
         self._requests.bind(f"ipc://{folder / REQUESTS_SOCKET}")
-        self._events = zmq.asyncio.Context.shadow(self._context).socket(zmq.PULL)
+        self._events = self._context.socket(zmq.PULL)
         self._events.setsockopt(zmq.RCVHWM, 0)
         self._events.bind(f"ipc://{folder / EVENTS_SOCKET}")
         self._owners: dict[str, _Owner] = {}
@@ -131,18 +160,28 @@ class EngineClient:
             for sample in sorted(owner.open):
                 output = TokenOutput(request_id, [], "error", error=message, index=sample)
                 owner.mailbox.put(Arrival(owner.first + sample, output, now))
+            owner.mailbox.notify()
         self._owners.clear()
 
     async def messages(self) -> AsyncIterator[ToApi]:
         """Every message of the engine; outputs have reached their owners by then."""
-        while True:
-            message = to_api_decoder.decode(await self._events.recv())
-            if isinstance(message, Outputs):
-                self._deliver(message, time.monotonic())
-            yield message
-            # A receive that finds a message does not pause; without this, a fast engine would
-            # keep the owners of its outputs from ever running.
-            await asyncio.sleep(0)
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        signal = cast(int, self._events.getsockopt(zmq.FD))
+        loop.add_reader(signal, readable.set)
+        try:
+            while True:
+                messages = self._receive()
+                for message in messages:
+                    yield message
+                if len(messages) == MAX_MESSAGES_AT_ONCE:
+                    # More may be there; a fast engine must not keep everybody else from running.
+                    await asyncio.sleep(0)
+                    continue
+                # ZeroMQ signals a change, not a state: wait only after a receive found nothing.
+                await readable.wait()
+                readable.clear()
+        finally:
+            loop.remove_reader(signal)
 
     def close(self) -> None:
         """Close both sockets."""
@@ -150,14 +189,32 @@ class EngineClient:
         self._requests.close()
         self._context.term()
 
-    def _deliver(self, message: Outputs, now: float) -> None:
+    def _receive(self) -> list[ToApi]:
+        """What has come, a bounded number of messages; their outputs are with their owners."""
+        messages: list[ToApi] = []
+        touched: list[Mailbox] = []
+        with contextlib.suppress(zmq.Again):
+            while len(messages) < MAX_MESSAGES_AT_ONCE:
+                message = to_api_decoder.decode(self._events.recv(zmq.NOBLOCK))
+                messages.append(message)
+                if isinstance(message, Outputs):
+                    touched += self._deliver(message, time.monotonic())
+        for mailbox in touched:
+            mailbox.notify()
+        return messages
+
+    def _deliver(self, message: Outputs, now: float) -> list[Mailbox]:
+        """Put outputs into their mailboxes; return those that were empty before."""
+        touched = []
         for output in message.outputs:
             owner = self._owners.get(output.request_id)
             if owner is None or output.index not in owner.open:
                 continue
             if output.finish_reason is not None:
                 self._ends(output.request_id, output.index)
-            owner.mailbox.put(Arrival(owner.first + output.index, output, now))
+            if owner.mailbox.put(Arrival(owner.first + output.index, output, now)):
+                touched.append(owner.mailbox)
+        return touched
 
     def _send(self, message: ToEngine) -> None:
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
+
+import msgspec
 
 from octavo.api.engine_client import Arrival, EngineClient, Mailbox
 from octavo.api.errors import ApiError, engine_error
@@ -18,8 +21,8 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.wire import AddRequest, TokenOutput
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+# One is made for each token, and it can be part of no cycle.
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """New text of one choice; `finish_reason` comes once, with the last.
 
     `logprobs` are of the tokens since the delta before; some of their text may come later.
@@ -76,6 +79,7 @@ class Choice:
         self.index = index
         self.usage = Usage(prompt_tokens=len(prompt.token_ids))
         self.finished = False
+        self.last_at: float | None = None  # when its newest tokens came (monotonic seconds)
         self._prompt = prompt
         self._params = params
         self._tokenizer = tokenizer
@@ -88,19 +92,21 @@ class Choice:
 
     def feed(self, output: TokenOutput) -> Delta | None:
         """Take an output of the engine; None when no text is certain yet."""
-        self.usage.cached_tokens = max(self.usage.cached_tokens, output.num_cached_tokens)
+        usage, growing = self.usage, self._text
+        if output.num_cached_tokens > usage.cached_tokens:
+            usage.cached_tokens = output.num_cached_tokens
         text = "" if self._begun else self._begin()
         if self._prompt.echo_only:
             return self._finish(text, "length", None) if output.finish_reason else None
         for place, token_id in enumerate(output.token_ids):
-            self.usage.completion_tokens += 1
+            usage.completion_tokens += 1
             if output.logprobs is not None:
-                offset = len(self._prompt.echo or "") + self._text.num_chars
+                offset = len(self._prompt.echo or "") + growing.num_chars
                 self._place(token_id, offset, output.logprobs[place])
                 self.cumulative_logprob += output.logprobs[place].logprob
-            text += self._text.push(token_id)
-            if self._text.matched is not None:
-                return self._finish(text, "stop", self._text.matched)
+            text += growing.push(token_id)
+            if growing.matched is not None:
+                return self._finish(text, "stop", growing.matched)
         if output.finish_reason is None:
             return self._delta(text) if text else None
         return self._end(text, output)
@@ -142,10 +148,11 @@ class Choice:
     def _delta(
         self, text: str, reason: str | None = None, stop_reason: int | str | None = None
     ) -> Delta:
+        if not self._placed:
+            return Delta(self.index, text, reason, stop_reason)
         placed, self._placed = tuple(self._placed), []
-        if not self._prompt.shows_logprobs:
-            placed = ()
-        return Delta(self.index, text, reason, stop_reason, placed)
+        shown = placed if self._prompt.shows_logprobs else ()
+        return Delta(self.index, text, reason, stop_reason, shown)
 
     def _finish(self, text: str, reason: str, stop_reason: int | str | None) -> Delta:
         self.finished = True
@@ -169,8 +176,11 @@ class Generation:
     kept: int = 1
     mailbox: Mailbox = field(default_factory=Mailbox)
     started: float = field(default_factory=time.monotonic)
-    _last: dict[int, float] = field(default_factory=dict)
+    _unfinished: int = 0
     _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._unfinished = len(self.choices)
 
     def submit(self, prompts: list[Prompt]) -> None:
         """Send every sequence to the engine."""
@@ -186,10 +196,33 @@ class Generation:
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """New text until every choice is finished; raises `ApiError` when the engine fails."""
-        while not all(choice.finished for choice in self.choices):
-            deltas = [d for a in await self.mailbox.take() if (d := self._accept(a)) is not None]
-            if deltas:
-                yield _merged(deltas)
+        while self._unfinished:
+            if deltas := self._accept_all(await self.mailbox.take()):
+                yield deltas
+
+    async def forward(self, take: Callable[[list[Delta]], bool]) -> None:
+        """Call `take` with new text in the very turn that brings it; no task wakes for a step.
+
+        Returns when every choice is finished or `take` returned False: it wants no more for now.
+        Raises as `deltas` does.
+        """
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def read() -> None:
+            if ended.done():
+                return
+            try:
+                deltas = self._accept_all(self.mailbox.empty())
+                goes_on = take(deltas) if deltas else True
+            except Exception as error:
+                ended.set_exception(error)
+                return
+            if not (goes_on and self._unfinished):
+                ended.set_result(None)
+
+        with self.mailbox.read_by(read):
+            read()  # what came before
+            await ended
 
     def best(self) -> list[int]:
         """Which choices to answer with, prompt by prompt, the most probable first if any are left
@@ -226,6 +259,11 @@ class Generation:
         prompt, sample = divmod(choice.index, self.samples)
         self.engine.abort(f"{self.request_id}-{prompt}", sample)
 
+    def _accept_all(self, arrivals: list[Arrival]) -> list[Delta]:
+        """One delta for each choice with new text: what came together is sent together."""
+        deltas = [d for a in arrivals if (d := self._accept(a)) is not None]
+        return deltas if len(deltas) < 2 else _merged(deltas)
+
     def _accept(self, arrival: Arrival) -> Delta | None:
         choice = self.choices[arrival.index]
         if choice.finished:
@@ -234,6 +272,7 @@ class Generation:
         self._measure(choice, arrival)
         if output.finish_reason in ("error", "abort"):
             choice.finished = True
+            self._unfinished -= 1
             self.metrics.on_finished(output.finish_reason, choice.usage.prompt_tokens, 0, None)
             if output.refused:
                 raise ApiError(400, output.error or "the engine refuses the request")
@@ -244,6 +283,7 @@ class Generation:
                 sibling.of_prompt = output.prompt_logprobs
         delta = choice.feed(output)
         if delta is not None and delta.finish_reason is not None:
+            self._unfinished -= 1
             if output.finish_reason is None:  # a stop string: the engine does not know it
                 self._abort(choice)
             usage = choice.usage
@@ -260,27 +300,23 @@ class Generation:
         count = len(output.token_ids) + (output.stop_token_id is not None)
         if not count:
             return
-        last = self._last.get(choice.index)
+        last, choice.last_at = choice.last_at, arrival.at
         if last is None:
             counted = choice.usage.prompt_tokens if choice.index % self.samples == 0 else 0
             self.metrics.on_first_token(counted, arrival.at - self.started)
         else:
             self.metrics.on_gap((arrival.at - last) / count)
         self.metrics.on_tokens(count)
-        self._last[choice.index] = arrival.at
 
 
 def _merged(deltas: list[Delta]) -> list[Delta]:
-    """One delta for each choice: what came together is sent together."""
-    if len(deltas) == 1:
-        return deltas
     merged: dict[int, Delta] = {}
     for delta in deltas:
         before = merged.get(delta.index)
         merged[delta.index] = (
             delta
             if before is None
-            else replace(
+            else msgspec.structs.replace(
                 delta, text=before.text + delta.text, logprobs=before.logprobs + delta.logprobs
             )
         )

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from octavo.api.direct import DirectWriter, direct_writer
 from octavo.api.errors import ApiError
 from octavo.api.generation import Delta, Generation
 from octavo.api.limits import BODY_TIMEOUT_S, LARGE_BODY_BYTES, MAX_BODY_BYTES, SEND_STALL_S
@@ -108,6 +110,7 @@ class StreamResponse(Response):
         self._generation = generation
         self._form = form
         self._options = options
+        self._running_usage = options.include_usage and options.continuous_usage_stats
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,7 +124,7 @@ class StreamResponse(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._stream(send)
+            await self._stream(send, direct_writer(scope))
         except ApiError as error:
             failure = error
         except TimeoutError:
@@ -136,21 +139,27 @@ class StreamResponse(Response):
         else:
             await failure.response()(scope, receive, send)
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, direct: DirectWriter | None) -> None:
         async with aclosing(self._generation.deltas()) as batches:
             async for batch in batches:
                 await self._start(send)
-                await self._send(send, b"".join(self._event(d) for d in batch), more=True)
+                await self._send(send, self._events(batch), more=True)
+                if direct is not None:
+                    # Until the end, or until the socket is full: then this loop waits for it.
+                    await self._generation.forward(partial(self._write, direct))
         tail = DONE
         if self._options.include_usage:
             tail = self._form.usage_chunk(self._generation.usage()) + DONE
         await self._send(send, tail, more=False)
 
-    def _event(self, delta: Delta) -> bytes:
-        running = self._options.include_usage and self._options.continuous_usage_stats
-        return self._form.chunk(
-            delta, self._generation.choices[delta.index].usage if running else None
-        )
+    def _write(self, direct: DirectWriter, batch: list[Delta]) -> bool:
+        return direct.write(self._events(batch))
+
+    def _events(self, batch: list[Delta]) -> bytes:
+        if not self._running_usage:
+            return b"".join([self._form.chunk(delta, None) for delta in batch])
+        choices = self._generation.choices
+        return b"".join([self._form.chunk(d, choices[d.index].usage) for d in batch])
 
     async def _start(self, send: Send) -> None:
         if not self._started:

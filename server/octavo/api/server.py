@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from octavo.api.direct import DirectProtocol
 from octavo.api.engine_client import EngineClient
 from octavo.api.engine_process import ENGINE_COMMAND, EngineProcess
 from octavo.api.lifecycle import State
@@ -99,7 +100,7 @@ class _Supervisor:
         self._http = _HttpServer(
             uvicorn.Config(
                 build_app(self._serving),
-                http="h11",
+                http=DirectProtocol,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

@@ -33,6 +33,8 @@ def _text(text: str) -> bytes:
 
 
 def _one_line(raw: bytes) -> bytes:
+    if raw.isascii():
+        return raw
     for char, escape in _LINE_BREAKS:
         raw = raw.replace(char, escape)
     return raw
@@ -77,6 +79,8 @@ class _Form:
 
     chunk_object: str
     whole_object: str
+    _opening: bytes  # of a choice, up to its text
+    _closing: bytes  # what the opening left open
     _layout: Callable[[LogprobsWriter, Sequence[PlacedLogprobs]], dict[str, Any] | None]
 
     def __init__(
@@ -92,10 +96,25 @@ class _Form:
         head = _json({"object": self.chunk_object, **self._common})
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._usage_null = b',"usage":null' if usage_null else b""
+        self._openings: dict[int, bytes] = {}
+        ending = self._closing + b',"logprobs":null,"finish_reason":null}'
+        self._plain_end = ending + b"]" + self._usage_null + b"}\n\n"
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The extra event with the usage and no choices."""
         return self._head + b"]" + self._usage(usage) + b"}\n\n"
+
+    def _plain(self, delta: Delta) -> bytes:
+        """The event of a delta that is text alone, as nearly all are."""
+        opening = self._openings.get(delta.index)
+        if opening is None:
+            opening = self._head + self._opening % delta.index
+            self._openings[delta.index] = opening
+        return opening + _text(delta.text) + self._plain_end
+
+    @staticmethod
+    def _is_plain(delta: Delta, usage: Usage | None) -> bool:
+        return not (delta.finish_reason or delta.logprobs or usage) and bool(delta.text)
 
     def _event(self, choice: bytes, usage: Usage | None) -> bytes:
         return self._head + choice + b"]" + self._usage(usage) + b"}\n\n"
@@ -147,6 +166,8 @@ class ChatForm(_Form):
 
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
+    _opening = b'{"index":%d,"delta":{"content":'
+    _closing = b"}"
     _layout = staticmethod(LogprobsWriter.chat)
 
     def __init__(
@@ -162,6 +183,8 @@ class ChatForm(_Form):
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         """The events for one delta."""
+        if self._is_plain(delta, usage) and delta.index in self._begun:
+            return self._plain(delta)
         index = b'{"index":%d' % delta.index
         role = b""
         if delta.index not in self._begun:
@@ -193,11 +216,15 @@ class CompletionForm(_Form):
 
     chunk_object = "text_completion"
     whole_object = "text_completion"
+    _opening = b'{"index":%d,"text":'
+    _closing = b""
     _layout = staticmethod(LogprobsWriter.completion)
 
     def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         """The event for one delta."""
-        choice = b'{"index":%d,"text":' % delta.index + _text(delta.text)
+        if self._is_plain(delta, usage):
+            return self._plain(delta)
+        choice = self._opening % delta.index + _text(delta.text)
         return self._event(choice + self._logprobs_member(delta) + self._ending(delta), usage)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:

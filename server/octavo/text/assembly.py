@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from octavo.params import SamplingParams
 from octavo.text.stop import StopMatcher
 from octavo.text.tokenizer import Tokenizer
@@ -16,7 +18,8 @@ class TextAssembly:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> None:
         self._detokenizer = tokenizer.detokenizer(prompt, skip_special=params.skip_special_tokens)
         self._stop = StopMatcher(params.stop, include=params.include_stop_str_in_output)
-        self._min_tokens = params.min_tokens
+        # Before min_tokens a stop string is ordinary text.
+        self._watches_from = params.min_tokens if params.stop else math.inf
         self._keeps_stop = params.include_stop_str_in_output
         self.num_tokens = 0
         self.num_chars = 0
@@ -29,7 +32,9 @@ class TextAssembly:
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain. Look at `matched` afterwards."""
         self.num_tokens += 1
-        return self._push(self._detokenizer.push(token_id))
+        text = self._detokenizer.push(token_id)
+        self.num_chars += len(text)
+        return text if self.num_tokens < self._watches_from else self._stop.push(text)
 
     def flush(self, stop_token_id: int | None = None) -> str:
         """The output is over: return what was held back, unless it completes a stop string.
@@ -39,10 +44,7 @@ class TextAssembly:
         text = ""
         if stop_token_id is not None and self._keeps_stop:
             text = self.push(stop_token_id)
-        text += self._push(self._detokenizer.flush())
+        last = self._detokenizer.flush()
+        self.num_chars += len(last)
+        text += last if self.num_tokens < self._watches_from else self._stop.push(last)
         return text if self.matched is not None else text + self._stop.flush()
-
-    def _push(self, text: str) -> str:
-        self.num_chars += len(text)
-        # Before min_tokens a stop string is ordinary text.
-        return text if self.num_tokens < self._min_tokens else self._stop.push(text)

@@ -33,18 +33,20 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-class ByteTable:
-    """The bytes of each token of a byte-level vocabulary, filled as tokens are met."""
+class ByteTable(dict[int, bytes]):
+    """The bytes of each token of a byte-level vocabulary, filled as tokens are met.
+
+    `whole` has the text of a token that begins and ends with whole characters, and None for others.
+    """
 
     def __init__(self, piece: Callable[[int], str | None], control_ids: frozenset[int]) -> None:
+        super().__init__(dict.fromkeys(control_ids, b""))
         self._piece = piece
-        self._known: dict[int, bytes] = dict.fromkeys(control_ids, b"")
+        self.whole = _WholeTable(self)
 
-    def __getitem__(self, token_id: int) -> bytes:
-        known = self._known.get(token_id)
-        if known is None:
-            known = self._known[token_id] = self._spell(self._piece(token_id) or "")
-        return known
+    def __missing__(self, token_id: int) -> bytes:
+        spelled = self[token_id] = self._spell(self._piece(token_id) or "")
+        return spelled
 
     @staticmethod
     def _spell(piece: str) -> bytes:
@@ -54,16 +56,35 @@ class ByteTable:
         return piece.encode()
 
 
+class _WholeTable(dict[int, str | None]):
+    def __init__(self, spelling: ByteTable) -> None:
+        super().__init__()
+        self._spelling = spelling
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text: str | None = self._spelling[token_id].decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
+
+
 class ByteLevelDetokenizer:
     """For byte-level BPE: exact and constant work for each token."""
 
     def __init__(self, table: ByteTable) -> None:
         self._table = table
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._in_character = False
 
     def push(self, token_id: int) -> str:
         """Decode the token's bytes; an unfinished character waits for its rest."""
-        return self._utf8.decode(self._table[token_id])
+        if not self._in_character and (text := self._table.whole[token_id]) is not None:
+            return text
+        text = self._utf8.decode(self._table[token_id])
+        self._in_character = self._utf8.getstate()[0] != b""
+        return text
 
     def flush(self) -> str:
         """End the byte stream."""
