@@ -11,6 +11,7 @@ from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits, RequestError
 from octavo.core.scheduler import Scheduler
+from octavo.core.sequence import common_prefix
 from octavo.core.step import NO_TOKEN
 from octavo.params import ParameterError, SamplingParams
 
@@ -116,6 +117,16 @@ def test_beams_share_what_they_have_in_common():
         held = [block for s in engine.scheduler.running for block in s.block_table]
         distinct, tables = distinct + len(set(held)), tables + len(held)
     assert distinct < 0.55 * tables
+
+
+@given(left=st.lists(st.integers(0, 1)), right=st.lists(st.integers(0, 1)))
+def test_tables_are_compared_from_their_beginnings(left, right):
+    expected = next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
+        min(len(left), len(right)),
+    )
+    assert common_prefix(left, right) == expected
+    assert common_prefix(left, left + right) == len(left)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])

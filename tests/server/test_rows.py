@@ -1,6 +1,7 @@
 """The host's picture of the device's rows: the inputs that changes alone lead to are those that a
 step's plan says, for thousands of random plans."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from octavo_kernels.record import RECORD_WORDS
 BLOCK, MAX_ROWS, WIDTH, MAX_TOKENS, SEED = 4, 7, 24, 64, 5
 ABSURD = -(10**6)
 LONGEST = WIDTH * BLOCK - 20
+PLAIN, HOT = SamplingParams(temperature=0, seed=1), SamplingParams(temperature=2, seed=1)
 
 
 class Device:
@@ -252,6 +254,18 @@ def test_a_quiet_step_sends_nothing() -> None:
     assert table.advance(StepPlan(rows=Rows(1))).sent == []
     [(_, words)] = table.advance(StepPlan(rows=Rows(1, grown=((3, 77),)))).sent
     assert words == (77,)
+
+
+def test_how_a_row_draws_follows_its_parameters() -> None:
+    """Also where another scheduler had a sequence of that name, drawn otherwise."""
+    table = new_table()
+    words = []
+    for params, branch in ((PLAIN, 0), (HOT, 0), (HOT, 1), (HOT, 1)):
+        asked = msgspec.structs.replace(share(3, [5]), params=params, branch=branch)
+        fresh = new_table().advance(StepPlan((asked,))).sent[0][1]
+        words.append(table.advance(StepPlan((asked,))).sent[0][1])
+        assert list(words[-1]) == list(fresh)
+    assert words[0] != words[1] != words[2] == words[3]
 
 
 def test_rows_of_another_scheduler_are_none_of_this_one_s() -> None:
