@@ -312,6 +312,50 @@ def test_a_graph_serves_every_length() -> None:
         assert not work.arrivals.any()
 
 
+@pytest.mark.parametrize("window", [0, 100])
+def test_a_graph_of_any_mix_serves_few_and_many_decodes(window) -> None:
+    """Which run as if each of its 40 tokens were one; they are cut as the few of a step are."""
+    whole = Case((8000, 130, 1, 17, 4000, 600, 64, 2000) * 5, variant=ops.Variant(window=window))
+    inputs = make(whole)
+    tokens = len(whole.lengths)
+    work = work_for(whole, windows=(0, window), max_seqs=tokens + 1, max_tokens=tokens)
+    lengths = torch.zeros(tokens + 1, dtype=torch.int32, device="cuda")
+    start = torch.zeros(tokens + 2, dtype=torch.int32, device="cuda")
+    tables = torch.cat(
+        (inputs.block_tables, torch.full_like(inputs.block_tables[:1], ABSURD_BLOCK))
+    )
+    fixed = replace(inputs, seq_lens=lengths, query_start=start, block_tables=tables)
+
+    def plan(count: int) -> None:
+        lengths.zero_()[:count] = inputs.seq_lens[:count]
+        start.fill_(tokens)[: count + 1] = inputs.query_start[: count + 1]
+        ops.plan_attention(
+            work, lengths[: count + 1], count, query_start=start[: count + 2], tokens=tokens,
+            for_graph=True,
+        )  # fmt: skip
+
+    def layer() -> torch.Tensor:
+        with ops.forced("cuda"):
+            return ops.paged_attention(*fixed.arguments(), work=work)
+
+    plan(0)
+    layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer()
+    right = exact(inputs)
+    for count in (0, 1, 2, 7, 17, 33, tokens, 1, 0):
+        out.fill_(float("nan"))
+        plan(count)
+        graph.replay()
+        assert not out[count:].any()  # NaN is any
+        if count:
+            assert error(out[:count], right[:count]) < 4e-3
+        assert not work.ticket.any()
+        assert not work.arrivals.any()
+
+
 def attend_planned(inputs: Inputs, work: ops.AttentionWork) -> torch.Tensor:
     with ops.forced("cuda"):
         return ops.paged_attention(

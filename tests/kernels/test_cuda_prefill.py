@@ -399,6 +399,149 @@ def test_a_captured_graph_serves_other_lengths() -> None:
         torch.testing.assert_close(out[: len(wanted)].double(), wanted, rtol=2e-2, atol=2e-2)
 
 
+# (new tokens, tokens in all), decodes first; what is left of a graph's tokens is padding.
+MIXES = {
+    "nothing": (),
+    "one decode": ((1, 700),),
+    "decodes": ((1, 3000), (1, 1), (1, 64), (1, 17), (1, 129)),
+    "a short chunk": ((2, 2),),
+    "a chunk far behind": ((11, 4000),),
+    "short chunks": ((2, 5), (3, 3), (2, 900), (4, 130), (2, 2)),
+    "both": ((1, 2000), (1, 40), (9, 9), (3, 1500)),
+    "exactly full": ((1, 16), (6, 70), (9, 9)),
+    "a large chunk": ((1, 300), (60, 60)),
+    "a large chunk behind a prefix": ((1, 9), (57, 2500)),
+    "large chunks": ((130, 130), (100, 700), (26, 26)),
+}
+
+
+def in_place(fixed: Inputs, fresh: Inputs) -> None:
+    """Put the inputs where a graph finds them; what is not theirs is NaN or absurd, or padding."""
+    tokens, seqs = len(fresh.query), len(fresh.seq_lens)
+    fixed.query.fill_(float("nan"))[:tokens] = fresh.query
+    fixed.block_tables.fill_(ABSURD_BLOCK)
+    fixed.block_tables[:seqs, : fresh.block_tables.shape[1]] = fresh.block_tables
+    for fixed_cache, cache in (
+        (fixed.key_cache, fresh.key_cache),
+        (fixed.value_cache, fresh.value_cache),
+    ):
+        fixed_cache.fill_(float("nan"))[: len(cache)] = cache
+    fixed.query_start.fill_(len(fixed.query))[: seqs + 1] = fresh.query_start
+    fixed.seq_lens.fill_(0)[:seqs] = fresh.seq_lens
+
+
+def fixed_inputs(case: Case, tokens: int, rows: int) -> Inputs:
+    inputs = make(dataclasses.replace(case, sequences=((tokens, 6000),)))
+    width = inputs.block_tables.shape[1]
+    return dataclasses.replace(
+        inputs,
+        block_tables=torch.zeros(rows, width, dtype=torch.int32, device="cuda"),
+        query_start=torch.zeros(rows + 1, dtype=torch.int32, device="cuda"),
+        seq_lens=torch.zeros(rows, dtype=torch.int32, device="cuda"),
+    )
+
+
+@pytest.mark.parametrize("mask", [{}, MASKS["window 40"], MASKS["all"]], ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("tokens", [16, 64, 256])
+def test_one_graph_serves_every_mix_of_decodes_and_chunks(tokens, dim, mask) -> None:
+    """Captured for nothing but padding; each mix is planned ahead of its replay."""
+    case = Case((), dim=dim, **mask)
+    rows = 9
+    inputs = fixed_inputs(case, tokens, rows)
+    work = ops.attention_work(
+        max_seqs=rows, max_seq_len=6000, heads=case.heads, kv_heads=case.kv_heads, dim=dim,
+        device="cuda", windows=(0, case.window), max_tokens=256,
+    )  # fmt: skip
+
+    def plan(num_decodes: int, seqs: int) -> None:
+        ops.plan_attention(
+            work, inputs.seq_lens[:seqs], num_decodes, query_start=inputs.query_start[: seqs + 1],
+            tokens=tokens, for_graph=True,
+        )  # fmt: skip
+
+    def layer() -> torch.Tensor:
+        with ops.forced("cuda"):
+            return ops.paged_attention(
+                inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_tables,
+                inputs.query_start, inputs.seq_lens, dim**-0.5, inputs.variant, work=work,
+            )  # fmt: skip
+
+    inputs.query_start[1:] = tokens
+    plan(0, 1)
+    layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer()
+    served = 0
+    for sequences in MIXES.values():
+        used = sum(new for new, _ in sequences)
+        if used > tokens:
+            continue
+        decodes = sum(new == 1 for new, _ in sequences)
+        mix = dataclasses.replace(case, sequences=sequences, num_decodes=decodes)
+        fresh = make(mix) if sequences else None
+        if fresh is None:
+            inputs.query_start.fill_(tokens)[:1] = 0
+            inputs.seq_lens.fill_(0)
+        else:
+            in_place(inputs, fresh)
+        out.fill_(float("nan"))
+        plan(decodes, len(sequences) + 1)
+        graph.replay()
+        assert not work.ticket.any()
+        assert not work.arrivals.any()
+        assert torch.equal(out[used:], torch.zeros_like(out[used:]))
+        if fresh is not None:
+            wanted = torch.cat(exact(mix, fresh))
+            torch.testing.assert_close(out[:used].double(), wanted, rtol=2e-2, atol=2e-2)
+        served += 1
+    assert served > 6
+
+
+def test_plans_for_graphs_split_keys_where_few_tiles_leave_the_device_idle() -> None:
+    """What the host cannot know when it captures: the plan decides on the device."""
+    case = Case((), heads=32, kv_heads=8)
+    inputs = fixed_inputs(case, 256, 4)
+    work = ops.attention_work(
+        max_seqs=4, max_seq_len=6000, heads=32, kv_heads=8, dim=128, device="cuda", max_tokens=2048
+    )
+    for tokens, length, is_split in ((40, 5000, True), (250, 5000, True), (250, 250, False)):
+        inputs.query_start.copy_(torch.tensor([0, tokens, 256, 256, 256]))
+        inputs.seq_lens.copy_(torch.tensor([length, 0, 0, 0]))
+        ops.plan_attention(
+            work, inputs.seq_lens[:2], 0, query_start=inputs.query_start[:3], tokens=256,
+            for_graph=True,
+        )  # fmt: skip
+        assert work.prefill_buffers is not None
+        items, splits = work.prefill_buffers.lists[:2].tolist()
+        assert (splits > 0) == is_split
+        assert items >= -(-tokens * 4 // 128)
+    full = ops.attention_work(
+        max_seqs=4, max_seq_len=6000, heads=32, kv_heads=8, dim=128, device="cuda", max_tokens=2048
+    )
+    inputs.query_start.copy_(torch.tensor([0, 2000, 2048, 2048, 2048]))
+    inputs.seq_lens.copy_(torch.tensor([6000, 0, 0, 0]))
+    ops.plan_attention(
+        full, inputs.seq_lens[:2], 0, query_start=inputs.query_start[:3], tokens=2048,
+        for_graph=True,
+    )  # fmt: skip
+    assert full.prefill_buffers is not None
+    assert full.prefill_buffers.lists[:2].tolist() == [65, 0]  # tiles of 32 tokens
+
+
+def test_graphs_larger_than_the_work_are_refused() -> None:
+    inputs = make(Case(((40, 90),)))
+    work = ops.attention_work(
+        max_seqs=4, max_seq_len=100, heads=8, kv_heads=2, dim=128, device="cuda", max_tokens=32
+    )
+    with pytest.raises(ValueError, match="a graph of 40 tokens needs query_start and work for as"):
+        ops.plan_attention(
+            work, inputs.seq_lens, 0, query_start=inputs.query_start, tokens=40, for_graph=True
+        )
+
+
 def test_a_query_of_odd_alignment_is_served() -> None:
     case = Case(((40, 90),), dim=64)
     inputs = make(case)

@@ -6,10 +6,12 @@ logits must say that they were.
 
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import llama_checkpoints
 import pytest
+import tiny_models
 import torch
 from gpu import needs_gpu
 from requests_of_all_kinds import MAX_SEQS, requests, run
@@ -70,10 +72,10 @@ class Sequence:
         )  # fmt: skip
 
 
-def decode(runner, num_seqs: int, steps: int, *, blocks=8) -> list[list[int]]:
+def decode(runner, num_seqs: int, steps: int, *, blocks=8, longest=5) -> list[list[int]]:
     """Greedy tokens of prompts that start together, two steps in flight."""
     sequences = [
-        Sequence(i, [3 + (7 * i + j) % 90 for j in range(1 + i % 5)], blocks)
+        Sequence(i, [3 + (7 * i + j) % 90 for j in range(1 + i % longest)], blocks)
         for i in range(num_seqs)
     ]
     flying, drawn = [], [[] for _ in sequences]
@@ -104,18 +106,128 @@ def graphs(runner) -> CudaGraphs:
     return found
 
 
+def chunk_graphs(runner) -> CudaGraphs:
+    found = runner._steps._chunk_graphs
+    assert isinstance(found, CudaGraphs)
+    return found
+
+
+@pytest.fixture
+def deterministic() -> Iterator[dict]:
+    """Results that depend on no padding, so that what is padded can be compared bit for bit."""
+    yield {"deterministic": True}
+    ops.deterministic(False)
+
+
 @pytest.mark.parametrize("num_seqs", [1, 2, 4, 8, 16, 24])
 def test_graphs_give_the_tokens_of_the_same_operations_one_by_one(checkpoint, num_seqs) -> None:
     blocks = 8 * num_seqs
     captured = gpu_runner(checkpoint, blocks, max_num_seqs=24)
     eager = gpu_runner(checkpoint, blocks, max_num_seqs=24, enforce_eager=True)
     before = ops.calls["paged_attention", "cuda"]
-    tokens = decode(captured, num_seqs, 30)
+    tokens = decode(captured, num_seqs, 30, longest=1)  # a prompt of one token is a decode
     assert ops.calls["paged_attention", "cuda"] > before
     assert list(graphs(captured)._graphs) == [num_seqs]
-    assert tokens == decode(eager, num_seqs, 30)
-    assert decode(captured, num_seqs, 30) == tokens
+    assert tokens == decode(eager, num_seqs, 30, longest=1)
+    assert decode(captured, num_seqs, 30, longest=1) == tokens
     assert len({tuple(own) for own in tokens}) == num_seqs
+
+
+def prompt_step(lengths: tuple[int, ...], decodes: int, blocks: int) -> list[StepPlan]:
+    """Some prompts of one token, then a step in which those decode beside longer prompts."""
+    first = [Sequence(i, [5 + i], blocks) for i in range(decodes)]
+    other = [
+        Sequence(decodes + i, [3 + (5 * i + j * j) % 90 for j in range(length)], blocks)
+        for i, length in enumerate(lengths)
+    ]
+    plans = [StepPlan(tuple(s.share() for s in first))] if first else []
+    for sequence in first:
+        sequence.count = 1
+    rows = Rows(len(first), joined=tuple(s.share() for s in first))
+    return [*plans, StepPlan(tuple(s.share() for s in other), rows=rows)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "decodes"),
+    [
+        *(((n,), 0) for n in (2, 15, 16, 17, 31, 32, 33, 64, 65, 96, 97, 128)),
+        ((2, 3), 11), ((9, 5), 2), ((2, 60, 40), 5), ((100, 2), 20), ((127,), 1),
+    ],
+)  # fmt: skip
+def test_a_padded_step_leaves_the_bits_of_one_that_is_not(
+    checkpoint, deterministic, lengths, decodes
+) -> None:
+    """At the edges of sizes, alone and beside decodes: logits, and what is in the cache."""
+    captured, eager = (
+        gpu_runner(checkpoint, 16 * 24, max_num_seqs=24, enforce_eager=plain, **deterministic)
+        for plain in (False, True)
+    )
+    found = []
+    for runner in (captured, eager):
+        tokens = [runner.execute(plan).tokens for plan in prompt_step(lengths, decodes, blocks=16)]
+        count = len(lengths) + decodes
+        found.append((tokens, runner._steps._space.logits[:count].clone(), runner._kv_cache))
+    (tokens, logits, cache), (right_tokens, right_logits, right_cache) = found
+    size = next(iter(chunk_graphs(captured)._graphs))
+    assert sum(lengths) + decodes <= size
+    assert tokens == right_tokens
+    assert not logits.isnan().any()
+    assert torch.equal(logits, right_logits)
+    assert torch.equal(cache, right_cache)
+
+
+@pytest.mark.parametrize("lengths", [(20,), (2, 60, 40), (100, 7)])
+def test_padded_steps_draw_what_the_cpu_does(checkpoint, lengths) -> None:
+    """By the kernels that are used where bits may depend on the padding."""
+    runner = gpu_runner(checkpoint, 16 * 8)
+    [plan] = prompt_step(lengths, 0, blocks=16)
+    got = runner.execute(plan).tokens
+    assert chunk_graphs(runner)._graphs
+    check_against_cpu(checkpoint, [list(s.token_ids) for s in plan.chunks], [[t] for t in got])
+
+
+FAMILIES = ["llama", "gemma2", "qwen3", "gpt_oss", "mixtral", "cohere", "gpt_neox"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory) -> Path:
+    """Windows, softcaps, sinks, experts, layers with both halves beside each other."""
+    tiny = tiny_models.TINY[request.param]
+    return tiny_models.write(tiny, tiny_models.model_of(tiny), tmp_path_factory.mktemp("family"))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_every_kind_of_request_ends_as_without_graphs(family, deterministic, depth) -> None:
+    blocks = 90
+    asked = requests(depth, 24)
+    captured, eager = (
+        gpu_runner(family, blocks, enforce_eager=plain, **deterministic) for plain in (False, True)
+    )
+    got, _ = run(captured, asked, blocks, depth)
+    expected, _ = run(eager, asked, blocks, depth)
+    assert len(chunk_graphs(captured)._graphs) > 1
+    assert graphs(captured)._graphs
+    assert got.keys() == expected.keys()
+    for key, (tokens, _, ends) in expected.items():
+        assert got[key][0] == tokens, key
+        assert got[key][2] == ends, key
+
+
+def test_a_step_with_prompts_waits_for_nothing(checkpoint) -> None:
+    runner = gpu_runner(checkpoint, 16 * 8)
+    [plan] = prompt_step((20, 30), 0, blocks=16)
+    runner.execute(plan)
+    torch.cuda.synchronize()
+    before = dict(chunk_graphs(runner)._graphs)
+    with warnings.catch_warnings():  # torch warns that it may miss some
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step = runner.submit(plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert chunk_graphs(runner)._graphs == before
+    assert len(runner.collect(step).tokens) == 2
 
 
 def cpu_logits(checkpoint, tokens: list[int]) -> torch.Tensor:
@@ -232,6 +344,7 @@ def test_all_sizes_can_be_prepared(checkpoint) -> None:
     while runner.prepare_one():
         pass
     assert sorted(graphs(runner)._graphs) == [1, 2, 4, 8]
+    assert sorted(chunk_graphs(runner)._graphs) == [16, 32, 48, 64, 96, 128]
     expected = decode(gpu_runner(checkpoint, 8 * 8, max_num_seqs=8), 8, 12)
     assert decode(runner, 8, 12) == expected
 

@@ -1,6 +1,7 @@
 """Steps as a GPU runs them, here on a CPU by the reference operations: tokens, log-probabilities
 and ends are those of the plain runner, at both depths of the loop, whatever is asked for."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import llama_checkpoints
@@ -11,9 +12,9 @@ from requests_of_all_kinds import BLOCK, BUDGET, MAX_SEQS, requests, run
 
 from octavo.core.step import ScheduledSequence, StepPlan
 from octavo.engine.device import DeviceSteps
-from octavo.engine.graphs import graph_sizes
+from octavo.engine.graphs import chunk_sizes, graph_sizes
 from octavo.engine.lane import HostLane
-from octavo.engine.rows import StateLayout
+from octavo.engine.rows import StateLayout, padding
 from octavo.engine.runner import Runner
 from octavo.engine.workspace import Workspace
 from octavo.params import SamplingParams
@@ -115,6 +116,28 @@ def test_outputs_are_those_of_the_plain_runner(checkpoint, seed, depth) -> None:
     assert preemptions or seed
 
 
+@pytest.mark.parametrize("rows", [MAX_SEQS, MAX_SEQS + 1])
+def test_a_full_batch_without_a_row_for_padding_runs_as_it_is(checkpoint, rows) -> None:
+    greedy = SamplingParams(temperature=0)
+    plan = StepPlan(
+        tuple(
+            ScheduledSequence(i, [5 + i, 9], 0, [1 + i], True, greedy, 0, [5 + i, 9], 2)
+            for i in range(MAX_SEQS)
+        )
+    )
+    runner, _, chunks = device_runner(checkpoint, 10, rows)
+    assert runner.execute(plan).tokens == plain_runner(checkpoint, 10).execute(plan).tokens
+    assert chunks.runs == ([(12, 16)] if rows > MAX_SEQS else [])
+
+
+def test_what_pads_a_step_leaves_no_query_start_as_it_was() -> None:
+    layout = StateLayout(max_rows=5, table_width=4, max_tokens=32)
+    begin, words = padding(layout, 2, 16)
+    assert (begin, words) == (layout.query_start + 3, [16, 16, 16])
+    assert begin + len(words) == layout.chunk
+    assert padding(layout, 4, 7) == (layout.query_start + 5, [7])
+
+
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory) -> Path:
     """Two groups of layers; sequences outgrow the window of 24 tokens of one of them."""
@@ -127,11 +150,12 @@ def windowed(tmp_path_factory) -> Path:
 def test_windows_and_swaps_are_those_of_the_plain_runner(windowed, host_blocks) -> None:
     asked = requests(2, 20)
     expected, _ = run(plain_runner(windowed, 400), asked, 400, 1)
-    runner, *_ = device_runner(windowed, 44)
+    runner, _, chunks = device_runner(windowed, 44)
     assert len(runner.kv_windows) == 2
     got, preemptions = run(runner, asked, 44, 2, host_blocks)
     same(expected, got)
     assert preemptions > 0
+    assert chunks.runs
 
 
 @pytest.mark.parametrize("where", ["send", "fetch"])
@@ -188,3 +212,13 @@ def test_sizes_of_graphs() -> None:
     assert graph_sizes(300)[-3:] == [272, 288, 300]
     assert graph_sizes(10_000)[-1] == 512
     assert sizes == sorted(set(sizes))
+
+
+def test_sizes_of_graphs_of_steps_with_chunks() -> None:
+    assert chunk_sizes(10) == [10]
+    assert chunk_sizes(16) == [16]
+    assert chunk_sizes(100) == [16, 32, 48, 64, 96, 100]
+    sizes = chunk_sizes(8192)
+    assert (len(sizes), sizes[-1]) == (34, 2048)
+    assert sizes == sorted(set(sizes))
+    assert all(large - small - 1 < large / 8 for small, large in pairwise(sizes) if small >= 256)
