@@ -9,6 +9,7 @@ from __future__ import annotations
 import octavo_kernels._cuda as _cuda
 from octavo_kernels.cuda_attention import paged_attention, plan_attention
 from octavo_kernels.cuda_batch import apply_updates, build_inputs, record_tokens
+from octavo_kernels.cuda_device import DeviceReport, refusal
 from octavo_kernels.cuda_elementwise import (
     act,
     act_and_mul,
@@ -34,6 +35,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def device_report(device: int = 0) -> dict[str, int | str]:
-    """What `_cuda` sees of the device and its driver; see `csrc/cuda/device.h`."""
-    return _cuda.device_report(device)
+def device_report(device: int = 0) -> DeviceReport:
+    """What `_cuda` sees of the device and its driver; see `csrc/cuda/device.h`.
+
+    Raises RuntimeError in a sentence for the user where our kernels do not run on them.
+    """
+    report = _cuda.device_report(device)
+    if (why := refusal(report, device)) is not None:
+        raise RuntimeError(why)
+    return report

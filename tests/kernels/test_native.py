@@ -90,7 +90,7 @@ def test_the_gpu_module_imports_without_a_driver_and_says_what_is_missing() -> N
     assert "libcuda" not in linked
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="--device cpu"):
-            module.device_report(0)
+            ops.device_report()
 
 
 @gpu_module

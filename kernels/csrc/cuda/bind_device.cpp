@@ -12,6 +12,7 @@ py::dict report(int device) {
   const DeviceReport found = device_report(device);
   py::dict dict;
   dict["name"] = found.name;
+  dict["devices"] = found.devices;
   dict["capability"] = found.capability;
   dict["multiprocessors"] = found.multiprocessors;
   dict["l2_bytes"] = found.l2_bytes;
@@ -20,6 +21,7 @@ py::dict report(int device) {
   dict["runtime_version"] = found.runtime_version;
   dict["binary_version"] = found.binary_version;
   dict["architectures"] = found.architectures;
+  dict["error"] = found.error;
   return dict;
 }
 

@@ -1,92 +1,55 @@
 #include "cuda/device.h"
 
-#include "cuda/check.h"
-
 #include <cuda_runtime.h>
 
 namespace octavo::cuda {
 namespace {
 
-constexpr int kLeastCapability = 80;  // bfloat16 on tensor cores, cp.async
-constexpr const char* kOtherwise = "; otherwise use --device cpu";
-
 // Stands for all kernels: the same architectures were compiled for each.
 __global__ void probe() {}
 
-[[noreturn]] void refuse(const std::string& what) {
-  throw std::runtime_error(what + kOtherwise);
+bool failed(DeviceReport& report, cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return false;
+  cudaGetLastError();
+  report.error = std::string(call) + ": " + cudaGetErrorName(error);
+  return true;
 }
 
-std::string dotted(int tenths) {
-  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10);
-}
-
-// CUDA's own versions: 13020 is 13.2.
-std::string version(int number) { return dotted(number / 1000 * 10 + number % 1000 / 10); }
-
-int driver_version() {
-  int driver = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  if (driver == 0) {
-    refuse("no NVIDIA driver is loaded; CUDA " + version(CUDART_VERSION / 1000 * 1000) +
-           " needs one of the 580 series or newer");
-  }
-  // Within one major version an older driver runs what a newer runtime asks for.
-  if (driver / 1000 < CUDART_VERSION / 1000) {
-    refuse("the NVIDIA driver supports CUDA " + version(driver) + ", but this build needs " +
-           version(CUDART_VERSION / 1000 * 1000) + ": install driver 580 or newer");
-  }
-  return driver;
-}
-
-cudaDeviceProp properties(int device) {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaErrorNoDevice) check(error, "cudaGetDeviceCount");
-  if (device < 0 || device >= count) {
-    refuse("there is no CUDA device " + std::to_string(device) + ", " + std::to_string(count) +
-           " can be seen: ask for one in the pod's resources (nvidia.com/gpu)");
-  }
-  cudaDeviceProp found{};
-  check(cudaGetDeviceProperties(&found, device), "cudaGetDeviceProperties");
-  return found;
-}
-
-// Loads the probe: the one sure way to know that there is code for the device.
-int binary_version(const std::string& of_device) {
-  cudaFuncAttributes attributes{};
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion ||
-      error == cudaErrorInvalidPtx) {
-    cudaGetLastError();
-    refuse(of_device + ", for which this build (architectures " OCTAVO_CUDA_ARCHITECTURES
-           ") has no code that the driver takes, " + cudaGetErrorName(error) +
-           ": build again with CMAKE_CUDA_ARCHITECTURES set to it, or install a newer driver");
-  }
-  check(error, "cudaFuncGetAttributes");
-  return attributes.binaryVersion;
+// With an older driver every later call fails, which would say less than the versions do.
+bool driver_serves(const DeviceReport& report) {
+  return report.driver_version / 1000 >= report.runtime_version / 1000;
 }
 
 }  // namespace
 
 DeviceReport device_report(int device) {
-  const int driver = driver_version();
-  const cudaDeviceProp found = properties(device);
-  const int capability = 10 * found.major + found.minor;
-  const std::string named =
-      std::string(found.name) + " has compute capability " + dotted(capability);
-  if (capability < kLeastCapability) {
-    refuse(named + "; at least " + dotted(kLeastCapability) + " is needed (A100, A10, L4, H100)");
+  DeviceReport report{};
+  report.runtime_version = CUDART_VERSION;
+  report.architectures = OCTAVO_CUDA_ARCHITECTURES;
+  if (failed(report, cudaDriverGetVersion(&report.driver_version), "cudaDriverGetVersion") ||
+      !driver_serves(report)) {
+    return report;
   }
-  return {found.name,
-          capability,
-          found.multiProcessorCount,
-          found.l2CacheSize,
-          int(found.sharedMemPerBlockOptin),
-          driver,
-          CUDART_VERSION,
-          binary_version(named),
-          OCTAVO_CUDA_ARCHITECTURES};
+  const cudaError_t counted = cudaGetDeviceCount(&report.devices);
+  if (counted == cudaErrorNoDevice) cudaGetLastError();
+  if (counted != cudaErrorNoDevice && failed(report, counted, "cudaGetDeviceCount")) return report;
+  if (device < 0 || device >= report.devices) return report;
+
+  cudaDeviceProp found{};
+  if (failed(report, cudaGetDeviceProperties(&found, device), "cudaGetDeviceProperties")) {
+    return report;
+  }
+  report.name = found.name;
+  report.capability = 10 * found.major + found.minor;
+  report.multiprocessors = found.multiProcessorCount;
+  report.l2_bytes = found.l2CacheSize;
+  report.shared_bytes = int(found.sharedMemPerBlockOptin);
+  // Loads the probe: the one sure way to know that there is code for the device.
+  cudaFuncAttributes attributes{};
+  if (!failed(report, cudaFuncGetAttributes(&attributes, probe), "cudaFuncGetAttributes")) {
+    report.binary_version = attributes.binaryVersion;
+  }
+  return report;
 }
 
 }  // namespace octavo::cuda
