@@ -18,6 +18,7 @@ from ceilings import seconds
 from kernel_decode import decode
 from kernel_elementwise import elementwise
 from kernel_gemm import gemm
+from kernel_layers import layers
 from kernel_moe import moe
 from kernel_prefill import prefill
 from kernel_sampling import sample
@@ -27,6 +28,7 @@ PARTS: dict[str, Callable[[Machine, bool], Iterator[dict[str, object]]]] = {
     "decode": decode,
     "elementwise": elementwise,
     "gemm": gemm,
+    "layers": layers,
     "moe": moe,
     "prefill": prefill,
     "sampling": sample,
