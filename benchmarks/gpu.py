@@ -1,146 +1,99 @@
 """A sitting: engines side by side on one GPU, on the public workloads, beside the machine's limit.
 
-    python benchmarks/gpu.py --out rows.jsonl --engine octavo --engine vllm --shape llama-8b
+    python benchmarks/gpu.py --out rows.jsonl --site PEERS --budget 580 --part vllm-8b octavo-8b
+    python benchmarks/gpu.py --out rows.jsonl --engine octavo --shape llama-8b --load single
     python benchmarks/gpu.py --out rows.jsonl --table
 
-Each engine runs in a process of its own, in the order given; a second `--engine octavo` after the
-peer shows the drift. Rows are appended, one JSON line a measurement; only rows of one sitting (one
-machine, one lifetime of it) may be compared. The machine's ceilings are measured first.
+Each part has a time box and runs in processes of its own; one that fails or takes too long says so
+in a row, and the rest goes on. Rows are appended, one JSON line a measurement; only rows of one
+sitting (one machine, one lifetime of it) may be compared, over several calls with the same
+`--sitting`. The machine's ceilings are measured first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
+import shutil
+import signal
 import sys
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from octavo.bench.limits import Ceilings, least_seconds
-from octavo.bench.workloads import SHAPES, WORKLOADS, draw
+from sitting import Sitting
+from sitting_parts import BIG, SMALL, Part, measure_ceilings, offline, parts, run_part
+from sitting_table import tables
 
-HERE = Path(__file__).resolve().parent
-# What of a workload is the figure: tokens that come out, but of long prompts those that go in.
-FIGURE = {"prefill": "in_tok_s"}
+from octavo.bench.workloads import SHAPES, WORKLOADS
 
-
-def command(engine: str, shape: str, loads: list[str], max_num_seqs: int) -> list[str]:
-    """What runs one engine over some workloads and prints a JSON line for each pass."""
-    if engine == "octavo":
-        return [
-            sys.executable, "-m", "octavo.cli", "bench", "offline", shape, "--workload", *loads,
-            "--max-model-len", "4096", "--max-num-seqs", str(max_num_seqs), "--dtype", "bfloat16",
-        ]  # fmt: skip
-    peer = HERE / f"peer_{engine}.py"
-    return [sys.executable, str(peer), shape, ",".join(loads), str(max_num_seqs)]
+# Room in memory for a checkpoint of the big model beside everything else.
+SHM_BYTES = 40 << 30
 
 
-def run(words: list[str], site: str | None) -> Iterator[dict[str, Any]]:
-    """The JSON lines that a command prints, as they come; what else it says only if it fails."""
-    env = dict(os.environ)
-    if site:
-        env["PYTHONPATH"] = site + os.pathsep + env.get("PYTHONPATH", "")
-    begin, said = time.perf_counter(), deque[str](maxlen=60)
-    with subprocess.Popen(
-        words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        for line in process.stdout or ():
-            if line.startswith("{"):
-                yield json.loads(line)
-            else:
-                said.append(line)
-    if process.returncode:
-        print("".join(said), file=sys.stderr)
-        yield {"metric": "failed", "exit_code": process.returncode}
-    yield {"metric": "process", "s": round(time.perf_counter() - begin, 2)}
-
-
-def measurement(row: dict[str, Any], shape: str, ceilings: Ceilings) -> dict[str, Any]:
-    """What a line says, beside what the machine would allow."""
-    if row["metric"] != "offline":
-        return {"metric": row["metric"], "value": row.get("s"), "detail": row}
-    requests = draw(row["load"], SHAPES[shape]["vocab_size"])
-    figure = FIGURE.get(row["load"], "out_tok_s")
-    limit = row[figure] * row["s"] / least_seconds(SHAPES[shape], requests, ceilings)
-    found = {name: row[name] for name in ("load", "rep", "digest", "s")}
-    share = round(row[figure] / limit, 4)
-    found |= {"metric": figure, "value": row[figure], "limit": round(limit, 1), "share": share}
-    return found
-
-
-def measure_ceilings() -> dict[str, Any]:
-    """Copy bandwidth (bytes read and written) and the rate of a large bf16 product, measured."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "ceilings.py")], capture_output=True, text=True, check=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Medians of each engine beside each other, with the spread and the share of the limit."""
-    values: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    limits: dict[tuple[str, str], float] = {}
-    for row in rows:
-        if "load" in row:
-            key = (row["shape"], row["load"])
-            values[key][row["engine"]].append(row["value"])
-            limits[key] = row["limit"]
-    lines = ["| shape | load | engine | tok/s (min–max) | limit | share |", "|---|" + "---|" * 5]
-    for (shape, load), engines in sorted(values.items()):
-        for engine, found in engines.items():
-            middle, limit = statistics.median(found), limits[shape, load]
-            lines.append(
-                f"| {shape} | {load} | {engine} | {middle:,.0f} ({min(found):,.0f}–"
-                f"{max(found):,.0f}) | {limit:,.0f} | {middle / limit:.0%} |"
-            )
-    return "\n".join(lines)
+def default_scratch() -> Path:
+    """In memory where there is room for a checkpoint: it is read from the page cache either way."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free >= SHM_BYTES
+    return (memory if roomy else Path("/tmp")) / "octavo-sitting"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
-    parser.add_argument("--engine", action="append", default=[])
-    parser.add_argument("--shape", action="append", choices=SHAPES)
-    parser.add_argument("--load", nargs="+", choices=WORKLOADS)
-    parser.add_argument("--max-num-seqs", type=int, default=512)
-    parser.add_argument("--sitting", default=time.strftime("%Y-%m-%dT%H:%M"))
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--site", help="folder with the peers' packages")
-    parser.add_argument("--table", action="store_true", help="print what the file holds")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="rows are appended to this file")
+    add("--part", nargs="+", choices=parts(), help="default with --budget: all, in order")
+    add("--budget", type=float, metavar="SECONDS", help="for everything together")
+    add("--big", default=BIG, metavar="SHAPE", help="a shape or a folder (default %(default)s)")
+    add("--small", default=SMALL, metavar="SHAPE", help="likewise (default %(default)s)")
+    add("--engine", action="append", default=[], help="offline alone, in this order")
+    add("--shape", action="append", choices=SHAPES)
+    add("--load", nargs="+", choices=WORKLOADS, default=["sharegpt", "single", "prefill"])
+    add("--requests", type=int, help="of each workload (default: as many as it has)")
+    add("--sitting", default=time.strftime("%Y-%m-%dT%H:%M"))
+    add("--commit", default="unknown")
+    add("--site", help="folder with the peers' packages")
+    add("--scratch", type=Path, default=None, help="for folders of models (default: in memory)")
+    add("--table", action="store_true", help="print what the file holds")
     return parser.parse_args()
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Part]:
+    """The parts that were asked for, in the order of `parts`."""
+    every = parts(args.big, args.small)
+    if args.part or args.budget:
+        return {name: part for name, part in every.items() if name in (args.part or every)}
+    return {
+        f"{engine}-{shape}-{turn}": Part(
+            600, 0, partial(offline, engine=engine, shape=shape, loads=args.load)
+        )
+        for shape in args.shape or [BIG, SMALL]
+        for turn, engine in enumerate(args.engine)
+    }
 
 
 def main() -> None:
     args = parse()
-    if args.engine:
-        machine = measure_ceilings()
-        ceilings = Ceilings(machine["copy_TB_s"] * 1e12, machine["bf16_TFLOP_s"] * 1e12)
-        stamp = {"sitting": args.sitting, "device": machine["device"], "commit": args.commit}
-        append(args.out, stamp | {"metric": "ceilings", "detail": machine})
-        for shape in args.shape or list(SHAPES):
-            for engine in args.engine:
-                loads = args.load or ["sharegpt", "single", "prefill"]
-                words = command(engine, shape, loads, args.max_num_seqs)
-                own = {"engine": engine, "version": None, "shape": shape}
-                for row in run(words, None if engine == "octavo" else args.site):
-                    own["version"] = row.get("version", own["version"])
-                    append(args.out, stamp | own | measurement(row, shape, ceilings))
+    # Whoever ends this ends its children too: they lead groups of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    wanted = chosen(args)
+    if wanted:
+        end = time.perf_counter() + (args.budget or float("inf"))
+        stamp = {"sitting": args.sitting, "device": None, "commit": args.commit}
+        scratch = args.scratch or default_scratch()
+        scratch.mkdir(parents=True, exist_ok=True)
+        sitting = Sitting(args.out, stamp, scratch, args.site, args.requests)
+        sitting.rows = [row for row in read(args.out) if row["sitting"] == args.sitting]
+        measure_ceilings(sitting)
+        for name, part in wanted.items():
+            run_part(sitting, name, part, end)
     if args.table:
-        print(table([json.loads(line) for line in args.out.read_text().splitlines()]))
+        print(tables(read(args.out)))
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    line = json.dumps(row)
-    print(line, flush=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

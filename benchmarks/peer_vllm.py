@@ -1,6 +1,8 @@
 """vLLM on a workload, with the knobs that `octavo bench offline` has in a sitting.
 
-python peer_vllm.py SHAPE LOAD[,LOAD] MAX_NUM_SEQS
+    python peer_vllm.py FOLDER LOAD[,LOAD] MAX_MODEL_LEN [REQUESTS]
+
+Weights are random, whatever the folder holds. "cost" among the loads measures what its steps cost.
 """
 
 from __future__ import annotations
@@ -9,21 +11,26 @@ import json
 import sys
 import time
 from pathlib import Path
-from tempfile import mkdtemp
 
-from octavo.bench.workloads import SHAPES, Request, digest, draw, write_shape
+from cost_model import measure_points, rows
+from sitting import MAX_NUM_SEQS, MEMORY
 
+from octavo.bench.summary import throughput
+from octavo.bench.workloads import Request, draw
+
+# transformers asks for a package of this name; what lies beside this file is another.
+sys.modules["kernels"] = None  # type: ignore[assignment]
 REPEAT = 2
 
 
-def main(shape: str, loads: list[str], max_num_seqs: int) -> None:
+def main(folder: Path, loads: list[str], max_model_len: int, count: int | None) -> None:
     begin = time.perf_counter()
     import vllm
 
     llm = vllm.LLM(
-        model=str(write_shape(shape, Path(mkdtemp()))), load_format="dummy",
-        skip_tokenizer_init=True, dtype="bfloat16", max_model_len=4096,
-        gpu_memory_utilization=0.9, enable_prefix_caching=False, max_num_seqs=max_num_seqs, seed=0,
+        model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
+        max_model_len=max_model_len, gpu_memory_utilization=MEMORY, enable_prefix_caching=False,
+        max_num_seqs=MAX_NUM_SEQS, seed=0,
     )  # fmt: skip
     start = round(time.perf_counter() - begin, 3)
     print(json.dumps({"metric": "start", "s": start, "version": vllm.__version__}), flush=True)
@@ -43,20 +50,20 @@ def main(shape: str, loads: list[str], max_num_seqs: int) -> None:
         assert drawn == sum(r.output for r in requests), drawn
         return seconds
 
-    vocab_size = SHAPES[shape]["vocab_size"]
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     generate(draw("uniform", vocab_size, 16, seed=1))
     for load in loads:
-        requests = draw(load, vocab_size)
-        for rep in range(REPEAT):
+        if load == "cost":
+            points = [*measure_points(generate, vocab_size, max_model_len)]
+            for found in rows(folder.name, "vllm", "generate", points):
+                print(json.dumps(found), flush=True)
+            continue
+        requests = draw(load, vocab_size, count)
+        for repetition in range(REPEAT):
             seconds = generate(requests)
-            row = {
-                "metric": "offline", "load": load, "rep": rep, "digest": digest(requests),
-                "requests": len(requests), "s": round(seconds, 4),
-                "out_tok_s": round(sum(r.output for r in requests) / seconds, 1),
-                "in_tok_s": round(sum(len(r.prompt) for r in requests) / seconds, 1),
-            }  # fmt: skip
-            print(json.dumps(row), flush=True)
+            print(json.dumps(throughput(load, repetition, requests, seconds)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2].split(","), int(sys.argv[3]))
+    most = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    main(Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), most)

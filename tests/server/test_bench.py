@@ -100,7 +100,7 @@ class Endpoint:
     """Streams as many events as tokens were asked for; holds each back for `pause` seconds."""
 
     def __init__(self) -> None:
-        self.pause, self.refuse, self.cut = 0.0, False, False
+        self.pause, self.refuse, self.cut, self.missing = 0.0, False, False, 0
         self.most, self.open = 0, 0
         self.bodies: list[dict[str, object]] = []
 
@@ -116,6 +116,9 @@ class Endpoint:
         for _ in range(body["max_tokens"]):
             await asyncio.sleep(self.pause)
             await response.write(b'data: {"choices": [{"text": "x"}]}\n\n')
+        usage = {"completion_tokens": body["max_tokens"] - self.missing}
+        event = json.dumps({"choices": [], "usage": usage})
+        await response.write(f"data: {event}\n\n".encode())
         if not self.cut:
             await response.write(b"data: [DONE]\n\n")
         self.open -= 1
@@ -171,6 +174,23 @@ def test_refusals_and_cut_streams_are_failures(endpoint: tuple[Endpoint, str]) -
     served.refuse, served.cut = False, True
     row = run_load(Target(url, "m"), [Request([1], 2)], float("inf"))
     assert (row["completed"], row["failed"]) == (0, 1)
+
+
+def test_an_answer_of_another_length_is_a_failure(endpoint: tuple[Endpoint, str]) -> None:
+    served, url = endpoint
+    served.missing = 2
+    row = run_load(Target(url, "m"), [Request([1], 5)], float("inf"))
+    assert row["first_errors"] == ["3 tokens came of 5 that were asked for"]
+    assert row["completed"] == 0
+
+
+def test_the_event_with_the_count_is_no_output(endpoint: tuple[Endpoint, str]) -> None:
+    served, url = endpoint
+    served.pause = 0.02
+    row = run_load(Target(url, "m"), [Request([1], 3)], float("inf"))
+    assert row["gap_ms"]["max"] > 10
+    assert row["gap_ms"]["mean"] > 10  # two gaps, not a third of nothing
+    assert 0 <= row["client_cpu"] < 5
 
 
 def test_the_command_loads_an_endpoint(

@@ -8,6 +8,7 @@ starts when it was due.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from octavo.bench.summary import Timeline, summarize
 from octavo.bench.workloads import Request
 
 _DONE = b"data: [DONE]"
+# Only the last event, which has no output, counts tokens; inside a text the marks are escaped.
+_USAGE = b'"completion_tokens"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,15 @@ def arrivals(count: int, rate: float, seed: int) -> list[float]:
 def run_load(
     target: Target, requests: Sequence[Request], rate: float, seed: int = 0
 ) -> dict[str, Any]:
-    """Send all requests at their times; returns `summary.summarize`'s figures."""
-    return asyncio.run(_run(target, requests, arrivals(len(requests), rate, seed)))
+    """Send all requests at their times; returns `summary.summarize`'s figures.
+
+    `client_cpu` is the share of one core that this process took: near 1, the client was what
+    was measured.
+    """
+    begin = time.process_time()
+    row = asyncio.run(_run(target, requests, arrivals(len(requests), rate, seed)))
+    row["client_cpu"] = round((time.process_time() - begin) / max(row["s"], 1e-3), 3)
+    return row
 
 
 async def _run(target: Target, requests: Sequence[Request], due: list[float]) -> dict[str, Any]:
@@ -74,6 +84,7 @@ async def _request(
         "temperature": 1.0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
     await asyncio.sleep(begin + due - time.perf_counter())
     try:
@@ -97,9 +108,18 @@ async def _read(response: aiohttp.ClientResponse, timeline: Timeline, begin: flo
         for event in events:
             if b'"error"' in event:
                 timeline.error = event[:200].decode(errors="replace")
+            elif _USAGE in event:
+                _check_usage(event, timeline)
             elif event.startswith(b"data:") and not event.startswith(_DONE):
                 timeline.events.append(now)
             elif event.startswith(_DONE):
                 return
     if timeline.error is None:
         timeline.error = "the stream ended without [DONE]"
+
+
+def _check_usage(event: bytes, timeline: Timeline) -> None:
+    """A server that ended a text early would look fast."""
+    drawn = json.loads(event.removeprefix(b"data:"))["usage"]["completion_tokens"]
+    if drawn != timeline.output:
+        timeline.error = f"{drawn} tokens came of {timeline.output} that were asked for"

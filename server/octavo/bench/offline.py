@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from octavo import __version__
-from octavo.bench.workloads import SHAPES, Request, digest, draw, write_shape
+from octavo.bench.summary import throughput
+from octavo.bench.workloads import SHAPES, Request, draw, write_shape
 from octavo.errors import ConfigError, OctavoError
 from octavo.llm import LLM
 from octavo.params import SamplingParams
@@ -48,24 +49,7 @@ def run_offline(
         requests = draw(name, llm.vocab_size, count)
         for repetition in range(repeat):
             seconds = _generate(llm, requests, temperature)
-            yield row(name, repetition, requests, seconds)
-
-
-def row(name: str, repetition: int, requests: Sequence[Request], seconds: float) -> dict[str, Any]:
-    """The figures of one pass over a workload."""
-    prompt = sum(len(request.prompt) for request in requests)
-    output = sum(request.output for request in requests)
-    return {
-        "metric": "offline",
-        "load": name,
-        "digest": digest(list(requests)),
-        "rep": repetition,
-        "requests": len(requests),
-        "s": round(seconds, 4),
-        "out_tok_s": round(output / seconds, 1),
-        "in_tok_s": round(prompt / seconds, 1),
-        "req_s": round(len(requests) / seconds, 3),
-    }
+            yield throughput(name, repetition, requests, seconds)
 
 
 def _generate(llm: LLM, requests: Sequence[Request], temperature: float) -> float:

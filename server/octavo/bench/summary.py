@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from octavo.bench.workloads import Request, digest
+
 PERCENTILES = (50, 90, 99)
 
 
@@ -64,4 +66,23 @@ def summarize(timelines: Sequence[Timeline], seconds: float) -> dict[str, Any]:
         "tpot_ms": spread([t.tpot for t in done if t.output > 1]),
         "gap_ms": spread(gaps),
         "latency_ms": spread([t.events[-1] - t.due for t in done]),
+    }
+
+
+def throughput(
+    name: str, repetition: int, requests: Sequence[Request], seconds: float
+) -> dict[str, Any]:
+    """The figures of one pass over a workload, without HTTP."""
+    prompt = sum(len(request.prompt) for request in requests)
+    output = sum(request.output for request in requests)
+    return {
+        "metric": "offline",
+        "load": name,
+        "digest": digest(list(requests)),
+        "rep": repetition,
+        "requests": len(requests),
+        "s": round(seconds, 4),
+        "out_tok_s": round(output / seconds, 1),
+        "in_tok_s": round(prompt / seconds, 1),
+        "req_s": round(len(requests) / seconds, 3),
     }

@@ -1,0 +1,198 @@
+"""What a sitting's rows say, as Markdown: engines beside each other, ratios, bars and goals."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+OURS, PEER, STATIC = "octavo", "vllm", "transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A figure with a bar and a goal: as a ratio to `peer`, or in its own unit without one."""
+
+    name: str
+    shape: str
+    load: str
+    metric: str
+    bar: float
+    goal: float
+    peer: str | None = PEER
+    higher: bool = True
+
+    def met(self, value: float, limit: float) -> bool:
+        """Whether `value` is at least as good as `limit`."""
+        return value >= limit if self.higher else value <= limit
+
+
+CLAIMS = (
+    Claim("llama-8b sharegpt, out tok/s", "llama-8b", "sharegpt", "out_tok_s", 1.0, 1.3),
+    Claim("llama-8b single stream, out tok/s", "llama-8b", "single", "out_tok_s", 1.1, 1.3),
+    Claim("llama-8b prefill, in tok/s", "llama-8b", "prefill", "in_tok_s", 0.95, 1.1),
+    Claim("qwen3-0.6b uniform, out tok/s", "qwen3-0.6b", "uniform", "out_tok_s", 1.0, 1.4),
+    Claim("qwen3-0.6b single stream, out tok/s", "qwen3-0.6b", "single", "out_tok_s", 2.0, 4.0),
+    Claim(
+        "llama-8b process start to first token, s", "llama-8b", "cold-start", "first_token_s",
+        12.0, 6.0, peer=None, higher=False,
+    ),
+    Claim(
+        "llama-8b served at 70 %, p99 time per output token, ms", "llama-8b", "poisson",
+        "tpot_p99_ms", 1.0, 0.85, higher=False,
+    ),
+    Claim(
+        "llama-8b sharegpt against `generate`, out tok/s", "llama-8b", "sharegpt", "out_tok_s",
+        24.0, 24.0, peer=STATIC,
+    ),
+)  # fmt: skip
+
+
+def tables(rows: Rows) -> str:
+    """The tables of each sitting that the file holds."""
+    ordered = sorted(rows, key=lambda row: str(row["sitting"]))
+    return "\n\n".join(
+        f"## {name}\n\n{table(list(found))}"
+        for name, found in itertools.groupby(ordered, lambda row: row["sitting"])
+    )
+
+
+def table(rows: Rows) -> str:
+    """All tables of the rows, which are of one sitting."""
+    parts = [_claims(rows), _engines(rows), _static(rows), _others(rows), _failures(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def values(rows: Rows, engine: str, claim: Claim) -> list[float]:
+    """What an engine reached, repetition by repetition; of static batches the best alone counts."""
+    found = [
+        float(row["value"])
+        for row in rows
+        if row.get("engine") == engine
+        and (row.get("shape"), row.get("load"), row["metric"])
+        == (claim.shape, claim.load, claim.metric)
+        and row.get("value") is not None
+    ]
+    return [max(found)] if engine == STATIC and found else found
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Of the medians, and the least and the most that any two repetitions give."""
+    middle = statistics.median(ours) / statistics.median(theirs)
+    return middle, min(ours) / max(theirs), max(ours) / min(theirs)
+
+
+def _claims(rows: Rows) -> str:
+    lines = [
+        "| workload | octavo | peer | ratio (least–most) | first bar | goal | met |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for claim in CLAIMS:
+        ours = values(rows, OURS, claim)
+        theirs = values(rows, claim.peer or PEER, claim)
+        if not ours:
+            continue
+        verdict, shown = "–", "–"
+        if theirs and (claim.peer == STATIC or _same_requests(rows, claim)):
+            middle, least, most = ratio(ours, theirs)
+            shown = f"{middle:.2f} ({least:.2f}–{most:.2f})"
+            judged = statistics.median(ours) if claim.peer is None else middle
+            verdict = _verdict(claim, judged)
+        elif theirs:
+            verdict = "not comparable: the requests differ"
+        elif claim.peer is None:
+            verdict = _verdict(claim, statistics.median(ours))
+        sign = "≥" if claim.higher else "≤"
+        lines.append(
+            f"| {claim.name} | {_spread(ours)} | {_spread(theirs)} | {shown} "
+            f"| {sign} {claim.bar:g} | {sign} {claim.goal:g} | {verdict} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _verdict(claim: Claim, value: float) -> str:
+    if claim.met(value, claim.goal):
+        return "goal"
+    return "bar" if claim.met(value, claim.bar) else "**missed**"
+
+
+def _same_requests(rows: Rows, claim: Claim) -> bool:
+    """Whether all engines had the same requests at the same rate."""
+    kinds = {
+        (row.get("digest"), row.get("rate"))
+        for row in rows
+        if (row.get("shape"), row.get("load"), row["metric"])
+        == (claim.shape, claim.load, claim.metric)
+        and row.get("engine") in (OURS, PEER)
+    }
+    return len(kinds) == 1
+
+
+def _spread(found: Sequence[float]) -> str:
+    if not found:
+        return "–"
+    middle = statistics.median(found)
+    digits = 0 if middle >= 1000 else 1 if middle >= 100 else 2
+    text = f"{middle:,.{digits}f}"
+    if len(found) > 1:
+        text += f" ({min(found):,.{digits}f}–{max(found):,.{digits}f})"
+    return text
+
+
+def _engines(rows: Rows) -> str:
+    """Every measured value of every engine, beside the machine's limit where it has one."""
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    limits: dict[tuple[str, str, str], float] = {}
+    for row in rows:
+        if "load" in row and row.get("value") is not None and row["engine"] != STATIC:
+            key = (row["shape"], row["load"], row["metric"])
+            found[key][row["engine"]].append(row["value"])
+            if row.get("limit"):
+                limits[key] = row["limit"]
+    if not found:
+        return ""
+    lines = ["| shape | load | metric | engine | median (min–max) | limit | share |"]
+    lines.append("|---|" + "---|" * 6)
+    for key, engines in sorted(found.items()):
+        for engine, each in engines.items():
+            share = f"{statistics.median(each) / limits[key]:.0%}" if key in limits else "–"
+            limit = f"{limits[key]:,.0f}" if key in limits else "–"
+            lines.append(f"| {' | '.join(key)} | {engine} | {_spread(each)} | {limit} | {share} |")
+    return "\n".join(lines)
+
+
+def _static(rows: Rows) -> str:
+    """transformers' `generate`, batch by batch."""
+    lines = ["| `generate`, batch | out tok/s | of that measured, s | steps |", "|---|---|---|---|"]
+    for row in rows:
+        if row.get("engine") == STATIC and row.get("load") == "sharegpt":
+            shown = row.get("why") if row.get("value") is None else f"{row['value']:,.1f}"
+            took = f"{row.get('measured_s', 0):.1f}"
+            lines.append(f"| {row['batch']} | {shown} | {took} | {row.get('steps', '–')} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _others(rows: Rows) -> str:
+    """What has tables of its own elsewhere: a line each."""
+    named = {"sharing", "idle", "cost_model", "start", "ceilings", "weights_s", "part"}
+    lines = []
+    for row in rows:
+        if row["metric"] in named or row.get("part_of"):
+            detail = {k: v for k, v in row.get("detail", {}).items() if k not in ("metric",)}
+            who = " ".join(str(row[k]) for k in ("part", "engine", "shape") if row.get(k))
+            lines.append(f"- {row['metric']} {who}: {row.get('value')} {detail or ''}"[:400])
+    return "\n".join(lines)
+
+
+def _failures(rows: Rows) -> str:
+    return "\n".join(
+        f"- **{row['metric']}** {row['part']}: {str(row.get('why'))[:300]}"
+        for row in rows
+        if row["metric"] in ("failed", "skipped")
+    )
