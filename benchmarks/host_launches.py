@@ -122,7 +122,7 @@ def steps_without_gpu(*, captured: bool) -> DeviceSteps:
     model._product = ops.linear
     space = Workspace(model, StateLayout(MAX_ROWS + 1, 128, MAX_TOKENS), BLOCK_SIZE, device)
     space.attention.settings = (DecodeSetting(64, 1),) * (MAX_ROWS + 2)  # a CPU has none
-    nothing = Part(lambda _size: None, lambda _size: None)
+    nothing = Part(*[lambda _size: None] * 3)
 
     def graphs(decodes: Part, chunks: Part) -> tuple[Direct, Direct]:
         if captured:  # a graph's replay is one launch, and not the host's work

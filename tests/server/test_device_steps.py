@@ -1,8 +1,10 @@
 """Steps as a GPU runs them, here on a CPU by the reference operations: tokens, log-probabilities
 and ends are those of the plain runner, at both depths of the loop, whatever is asked for."""
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import llama_checkpoints
 import pytest
@@ -12,7 +14,7 @@ from requests_of_all_kinds import BLOCK, BUDGET, MAX_SEQS, requests, run
 
 from octavo.core.step import ScheduledSequence, StepPlan
 from octavo.engine.device import DeviceSteps
-from octavo.engine.graphs import chunk_sizes, graph_sizes
+from octavo.engine.graphs import CudaGraphs, Part, chunk_sizes, graph_sizes
 from octavo.engine.lane import HostLane
 from octavo.engine.rows import StateLayout, padding
 from octavo.engine.runner import Runner
@@ -212,6 +214,43 @@ def test_sizes_of_graphs() -> None:
     assert graph_sizes(300)[-3:] == [272, 288, 300]
     assert graph_sizes(10_000)[-1] == 512
     assert sizes == sorted(set(sizes))
+
+
+def note(done: list[tuple[str, int]], what: str, size: int) -> None:
+    done.append((what, size))
+
+
+class Captures:
+    """In the place of the memory that graphs share: counts what is captured, and runs nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def capture(self, run):
+        self.count += 1
+        return SimpleNamespace(replay=run)
+
+
+def test_what_is_needed_now_is_captured_at_once_and_again_when_there_is_time() -> None:
+    done = []
+    part = Part(
+        *(lambda size, what=what: done.append((what, size)) for what in ("run", "try", "tune"))
+    )
+    memory = Captures()
+    graphs = CudaGraphs(part, [4, 8, 9], memory, "sequences")
+    assert graphs.largest == 9
+    assert graphs.ready(5) == graphs.ready(8) == 8
+    assert (done, memory.count) == ([("try", 8)], 1)
+    graphs.run(8)
+    assert done.pop() == ("run", 8)
+    for size in (4, 8, 9):
+        done.clear()
+        assert graphs.prepare_one()
+        assert done == [("tune", size), ("try", size)]
+    assert memory.count == 4
+    assert not graphs.prepare_one()
+    assert [graphs.ready(count) for count in (0, 1, 4, 9)] == [4, 4, 4, 9]
+    assert memory.count == 4
 
 
 def test_sizes_of_graphs_of_steps_with_chunks() -> None:

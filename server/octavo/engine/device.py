@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -129,7 +130,8 @@ class DeviceSteps:
         self._logprobs: dict[int, int] = {}
         self._steps = 0
         self._graphs, self._chunk_graphs = make_graphs(
-            Part(self._decode, self._rehearse), Part(self._chunks, self._rehearse_chunks)
+            Part(self._decode, self._rehearse, model.tune),
+            Part(self._chunks, self._rehearse_chunks, partial(model.tune, logits=False)),
         )
 
     def submit(self, plan: StepPlan) -> InFlight | Done:
@@ -198,7 +200,6 @@ class DeviceSteps:
 
     def _rehearse(self, size: int) -> None:
         """The same for nobody: nothing is stored, nothing moves on."""
-        self._model.tune(size)
         self._run_decode(self._space.nobody, size)
         self._sample(size)
 
@@ -299,7 +300,6 @@ class DeviceSteps:
 
     def _rehearse_chunks(self, tokens: int) -> None:
         """The same for nobody: all tokens are padding."""
-        self._model.tune(tokens, logits=False)
         nobody = self._space.nobody
         nobody.query_start.fill_(tokens)[:1].zero_()
         self._plan_chunks(nobody, StepInputs(0, tokens, 0, tokens), tokens)

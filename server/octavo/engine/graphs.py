@@ -39,11 +39,12 @@ def chunk_sizes(max_tokens: int) -> list[int]:
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of a step, for a size: `run` is what is captured, `rehearse` the same operations to no
-    effect, and whatever has to be known before.
+    effect. `tune` finds what is fastest in it, which takes several times as long as a capture.
     """
 
     run: Callable[[int], None]
     rehearse: Callable[[int], None]
+    tune: Callable[[int], None]
 
 
 class PartRunner(Protocol):
@@ -121,7 +122,8 @@ class CudaGraphs:
     """Graphs of a part of the step, captured when a size is first needed or there is time.
 
     They are rehearsed first: libraries load what they need at the first call, which a capture does
-    not allow. `name` says what the sizes count.
+    not allow. Who needs a size now does not wait for what is fastest in it; it is captured again
+    with that when there is time. `name` says what the sizes count.
     """
 
     def __init__(self, part: Part, sizes: list[int], memory: GraphMemory, name: str) -> None:
@@ -130,6 +132,7 @@ class CudaGraphs:
         self._memory = memory
         self._name = name
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._tuned: set[int] = set()
         self._padded = _paddings(sizes)
         self.largest = sizes[-1]
 
@@ -145,11 +148,16 @@ class CudaGraphs:
         self._graphs[size].replay()
 
     def prepare_one(self) -> bool:
-        """Capture the smallest size that is missing."""
-        missing = next((size for size in self._sizes if size not in self._graphs), None)
-        if missing is None:
+        """Tune and capture the smallest size that is not."""
+        size = next((size for size in self._sizes if size not in self._tuned), None)
+        if size is None:
             return False
-        self._capture(missing)
+        begin = time.monotonic()
+        self._part.tune(size)
+        self._tuned.add(size)
+        taken = 1000 * (time.monotonic() - begin)
+        logger.debug("tuned the step of %d %s in %.0f ms", size, self._name, taken)
+        self._capture(size)
         return True
 
     def _capture(self, size: int) -> None:
