@@ -233,9 +233,7 @@ class Captures:
 
 def test_what_is_needed_now_is_captured_at_once_and_again_when_there_is_time() -> None:
     done = []
-    part = Part(
-        *(lambda size, what=what: done.append((what, size)) for what in ("run", "try", "tune"))
-    )
+    part = Part(*(partial(note, done, what) for what in ("run", "try", "tune")))
     memory = Captures()
     graphs = CudaGraphs(part, [4, 8, 9], memory, "sequences")
     assert graphs.largest == 9
