@@ -57,9 +57,15 @@ class FetchRefusedError(FetchError):
 
 
 class DeviceError(OctavoError):
-    """The GPU failed or was lost while in use; the text has the driver's word for it."""
+    """The GPU failed or was lost while in use; the text has the driver's word for it.
 
-    reason = "DeviceFailed"
+    The reason says whom it concerns: KernelFailed, DeviceFailed, DeviceMemoryExhausted or
+    DriverUnsuitable.
+    """
+
+    def __init__(self, text: str, reason: str = "DeviceFailed") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class ExitCode(IntEnum):

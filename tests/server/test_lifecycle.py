@@ -288,6 +288,17 @@ def test_the_death_of_the_engine_is_told_to_everybody(tmp_path: Path) -> None:
         assert "killed by SIGKILL" in server.termination_log.read_text()
 
 
+def test_a_lost_device_ends_the_server_with_its_class(tmp_path: Path) -> None:
+    engine = ["--step-ms", "20", "--lose-device-after", "5"]
+    with running(tmp_path, engine=engine) as server:
+        stream = Stream(server, 400)
+        text = stream.end()
+        assert text.count('data: {"error":') == 1
+        assert "DeviceFailed on an H100" in text
+        assert server.exit_code(5) == 70
+        assert server.termination_log.read_text() == "DeviceFailed on an H100: Xid 79"
+
+
 def test_a_start_without_progress_ends(tmp_path: Path) -> None:
     flags = ("--startup-stall-timeout", "1")
     with running(tmp_path, *flags, engine=["--stall-start"], ready=False) as server:

@@ -123,6 +123,10 @@ class FakeEngine:
         args = self.args
         if args.die_after and self.generated >= args.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if args.lose_device_after and self.generated >= args.lose_device_after:
+            self.send(wire.Failed("DeviceFailed", "DeviceFailed on an H100: Xid 79", True))
+            time.sleep(0.2)
+            os._exit(70)
         if args.hang_after and self.generated >= args.hang_after:
             time.sleep(3600)
 
@@ -202,6 +206,7 @@ def main() -> None:
     parser.add_argument("--stall-start", action="store_true")
     parser.add_argument("--die-after", type=int, help="SIGKILL after so many tokens")
     parser.add_argument("--hang-after", type=int, help="sleep for good after so many tokens")
+    parser.add_argument("--lose-device-after", type=int, help="fail after so many tokens")
     parser.add_argument("--error-token", type=int, help="a request that reaches it fails")
     args = parser.parse_args()
     if args.pid_file:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from octavo import plan as memory_plan
 from octavo.config import cache_folder, token_budget
 from octavo.core.step import StepPlan, StepResult
 from octavo.engine.eager import EagerSteps
+from octavo.engine.faults import naming_faults
 from octavo.engine.gpu import Gpu
 from octavo.engine.memory import available_host_bytes
 from octavo.engine.model import check_model
@@ -24,12 +25,13 @@ from octavo.models.decoder import Decoder
 from octavo.models.hf_config import read_eos_token_ids
 from octavo.models.spec import DecoderSpec
 from octavo_kernels import ops
-from octavo_kernels.cuda_errors import cuda_fault
+from octavo_kernels.cuda_errors import CudaFault, cuda_fault
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Report = Callable[[str, float], None]
+DRIVER = Path("/proc/driver/nvidia")
 
 
 def _silent(_phase: str, _ratio: float) -> None:
@@ -103,7 +105,7 @@ class Runner:
         )
         self.spec: DecoderSpec = model.spec
         self.eos_token_ids = read_eos_token_ids(folder, model.config, self.spec.vocab_size)
-        self.device = _device(device)
+        self.device, self._device_name = _device(device)
         self.dtype_name = _dtype_name(dtype, self.device, self.spec)
         self.max_model_len = _max_model_len(max_model_len, self.spec)
         self.block_size = block_size
@@ -111,13 +113,14 @@ class Runner:
         self._seed = seed
         progress("check", 1.0)
 
-        self._require_memory(model.num_parameters * memory_plan.DTYPE_BYTES[self.dtype_name])
-        self._decoder = model.load(
-            _DTYPES[self.dtype_name],
-            self.device,
-            self.max_model_len,
-            lambda done, all_: progress("weights", done / max(1, all_)),
-        )
+        with self._naming_faults("the weights"):
+            self._require_memory(model.num_parameters * memory_plan.DTYPE_BYTES[self.dtype_name])
+            self._decoder = model.load(
+                _DTYPES[self.dtype_name],
+                self.device,
+                self.max_model_len,
+                lambda done, all_: progress("weights", done / max(1, all_)),
+            )
         self._progress = progress
         self._planned_bytes: int | None = None  # for the weights, where headers tell it
         if isinstance(self._decoder, Decoder) and load_format != "dummy":
@@ -126,21 +129,20 @@ class Runner:
         self._kv_cache: torch.Tensor | None = None
         self._steps: Steps | None = None
         self._gpu: Gpu | None = None
-        on_gpu = self.device.type == "cuda"
-        self._device_name = torch.cuda.get_device_name(self.device) if on_gpu else "cpu"
-        if on_gpu and isinstance(self._decoder, Decoder):
+        if self.device.type == "cuda" and isinstance(self._decoder, Decoder):
             progress("device", 0.0)
             ops.deterministic(deterministic)
             ops.keep_tuning(cache_folder())
-            self._gpu = Gpu(
-                self._decoder,
-                device=self.device,
-                block_size=block_size,
-                max_model_len=self.max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_tokens=token_budget(max_num_batched_tokens, self.device.type),
-                eager=enforce_eager,
-            )
+            with self._naming_faults("what a step needs beside the weights"):
+                self._gpu = Gpu(
+                    self._decoder,
+                    device=self.device,
+                    block_size=block_size,
+                    max_model_len=self.max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    max_num_tokens=token_budget(max_num_batched_tokens, self.device.type),
+                    eager=enforce_eager,
+                )
             progress("device", 1.0)
 
     @property
@@ -190,6 +192,9 @@ class Runner:
         try:
             kv_cache = _zeros(shape, _DTYPES[self.dtype_name], self.device)
         except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and cuda_fault(error) is not CudaFault.MEMORY:
+                with self._naming_faults("the KV cache"):
+                    raise
             size = num_blocks * self.kv_bytes_per_block / memory_plan.GIB
             raise DoesNotFitError(
                 f"a KV pool of {num_blocks} blocks ({size:.2f} GiB) cannot be allocated on "
@@ -198,7 +203,8 @@ class Runner:
         self._kv_cache = kv_cache
         self._compare_with_plan(num_blocks)
         if self._gpu is not None:
-            self._steps = self._gpu.steps(kv_cache, self.eos_token_ids, self._seed)
+            with self._naming_faults("the first step"):
+                self._steps = self._gpu.steps(kv_cache, self.eos_token_ids, self._seed)
         else:
             self._steps = EagerSteps(
                 self._decoder, kv_cache, len(self.kv_windows), self.eos_token_ids, self._seed
@@ -255,16 +261,8 @@ class Runner:
         with self._naming_faults():
             return self._steps is not None and self._steps.prepare_one()
 
-    @contextlib.contextmanager
-    def _naming_faults(self) -> Iterator[None]:
-        """Let an error of the GPU say what it is; afterwards nothing works on it any more."""
-        try:
-            yield
-        except RuntimeError as error:
-            fault = cuda_fault(error)
-            if fault is None:
-                raise
-            raise DeviceError(f"{fault.value} on {self._device_name}: {error}") from error
+    def _naming_faults(self, starting: str = "") -> AbstractContextManager[None]:
+        return naming_faults(self.device, self._device_name, starting=starting)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step from start to end."""
@@ -272,13 +270,15 @@ class Runner:
 
     def _require_memory(self, needed: int) -> None:
         if self.device.type == "cuda":
-            available, _ = torch.cuda.mem_get_info(self.device)
+            available, total = torch.cuda.mem_get_info(self.device)
+            has = f"{available / memory_plan.GIB:.2f} of {total / memory_plan.GIB:.2f} GiB free"
         else:
             available = available_host_bytes()
+            has = f"{available / memory_plan.GIB:.2f} GiB available"
         if needed > available:
             raise DoesNotFitError(
                 f"the weights take {needed / memory_plan.GIB:.2f} GiB as {self.dtype_name}, but "
-                f"{self.device} has {available / memory_plan.GIB:.2f} GiB available"
+                f"{self._device_name} has {has}; `octavo plan` says where the model would fit"
             )
 
 
@@ -293,19 +293,38 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> tuple[torch.device, str]:
+    """Where to run, and what it is called."""
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device must be auto, cpu or cuda, not {name!r}")
     has_gpu = torch.cuda.is_available()
-    if name == "cpu" or (name == "auto" and not has_gpu):
-        return torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu"), "cpu"
+    if name == "auto" and not has_gpu:
+        _say_whose_gpu_is_not_used()
+        return torch.device("cpu"), "cpu"
     try:
         ops.device_report()
     except RuntimeError as error:
-        raise ConfigError(f"--device is {name}, but {error}") from error
+        text = f"--device is {name}, but {error}"
+        if cuda_fault(error) is CudaFault.DEVICE:
+            raise DeviceError(text) from error
+        raise ConfigError(text) from error
     if not has_gpu:
         raise ConfigError("--device is cuda, but no CUDA device is visible; use --device cpu")
-    return torch.device("cuda")
+    device = torch.device("cuda")
+    with naming_faults(device, "the GPU", starting="anything"):
+        return device, torch.cuda.get_device_name(device)
+
+
+def _say_whose_gpu_is_not_used() -> None:
+    """A node with a driver was meant to have a GPU: say why the CPU is used all the same."""
+    if not DRIVER.exists():
+        return
+    try:
+        ops.device_report()
+    except RuntimeError as error:
+        logger.warning("an NVIDIA driver is loaded, but the CPU is used: %s", error)
 
 
 def _dtype_name(name: str, device: torch.device, spec: DecoderSpec) -> str:
