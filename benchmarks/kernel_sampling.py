@@ -77,8 +77,8 @@ def draws(machine: Machine, batch: int, vocab: int, logits: str) -> Iterator[dic
         }
         if kind.bar is not None and batch >= 128:
             row["bar"] = kind.bar
-        if batch == 1 and kind.name == "greedy":
-            row["bar_us"] = 5
+        if batch == 1 and kind.bar is not None:
+            row["bar_us"] = 5 if kind.temperature == 0 else 6
         yield row
     tokens = torch.zeros(batch, dtype=torch.int32, device="cuda")
     for top in (0, 20):

@@ -2,8 +2,11 @@
 
 Order: scale and softcap of the model; repetition, then presence and frequency penalty; listed
 biases; what is not allowed; temperature; min-p, top-k, top-p, each on what the one before left.
-The token is the largest of logit / temperature + Gumbel noise of what is left. The noise of token
-v is a hash of (key, v), the key one of (stream, count): it depends on nothing else.
+The token is drawn from what is left in two steps, both by the Gumbel-max rule. First a segment of
+SEGMENT consecutive ids, by its log-sum-exp of logit / temperature; then one of its tokens. That is
+the softmax over all (Maddison, Tarlow, Minka: "A* Sampling", 2014, top-down), and takes the noise
+of few. Noise is a hash of (~key, segment) and of (key, token), the key one of (stream, count): it
+depends on nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ IN_PROMPT, LISTED, ALLOWED, COUNT_MASK = 1 << 15, 1 << 14, 1 << 13, (1 << 13) - 
 
 STOP_IDS = 8  # a slot's tokens that end it, -1 where there are fewer
 STOPPED, FULL, FAILED = 1, 2, 4  # flags
+
+SEGMENT = 256
 
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
@@ -169,10 +174,23 @@ def kept(
     return ids[: len(scaled)]
 
 
+def drawn(row: torch.Tensor, ids: torch.Tensor, temperature: float, key: int) -> int:
+    """The one of `ids`, of which some logit is more than -infinity, that the key draws."""
+    segments = -(-len(row) // SEGMENT)
+    scaled = torch.full((segments * SEGMENT,), -math.inf, dtype=torch.float64, device=row.device)
+    scaled[ids] = row[ids].double() / temperature
+    scaled = scaled.view(segments, SEGMENT)
+    of_segments = noise(~key, torch.arange(segments, device=row.device))
+    segment = int((scaled.logsumexp(1) + of_segments).argmax())
+    tokens = segment * SEGMENT + torch.arange(SEGMENT, device=row.device)
+    return int(tokens[(scaled[segment] + noise(key, tokens)).argmax()])
+
+
 def noise(key: int, ids: torch.Tensor) -> torch.Tensor:
     """Gumbel noise, float64: of the uniform number that splitmix64 makes of key + id."""
+    first = np.uint64((key + _GOLDEN) & _MASK64)
     with np.errstate(over="ignore"):
-        words = ids.cpu().numpy().astype(np.uint64) + np.uint64(key) + np.uint64(_GOLDEN)
+        words = ids.cpu().numpy().astype(np.uint64) + first
         for shift, factor in _ROUNDS:
             words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
         words ^= words >> np.uint64(31)
@@ -211,7 +229,7 @@ def _draw(row: torch.Tensor, sampling: Sampling, slot: int) -> int:
     key = _mix((int(sampling.stream[slot]) & _MASK64) ^ count)
     top_p, min_p = float(sampling.top_p[slot]), float(sampling.min_p[slot])
     ids = kept(row, temperature, int(sampling.top_k[slot]), top_p, min_p)
-    return int(ids[(row[ids].double() / temperature + noise(key, ids)).argmax()])
+    return drawn(row, ids, temperature, key)
 
 
 def _adjusted(row: torch.Tensor, sampling: Sampling, slot: int) -> torch.Tensor:

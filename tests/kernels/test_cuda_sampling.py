@@ -172,6 +172,56 @@ def test_a_token_depends_on_its_row_alone() -> None:
     assert ops.sample(logits.flip(0), wanted, slots=backwards).tolist() == together[::-1]
 
 
+@pytest.mark.parametrize("vocab", [2049, 5003])
+def test_a_token_does_not_depend_on_where_its_row_begins(vocab) -> None:
+    """Rows that can be read sixteen bytes at once, and copies of them that cannot."""
+    rows = 64
+    logits = normal(rows, vocab, dtype=torch.bfloat16).to(DEVICE)
+    for kind in (GREEDY, PLAIN, (1.0, -1, 0.9, 0.0), (1.0, 40, 1.0, 0.0)):
+        wanted = moved(sampling_of([kind] * rows))
+        found = []
+        for gap in (-vocab % 8, -vocab % 8 + 1, -vocab % 8 + 4):
+            wide = torch.full((rows, vocab + gap), math.nan, dtype=torch.bfloat16, device=DEVICE)
+            wide[:, :vocab] = logits
+            found.append(ops.sample(wide[:, :vocab], wanted).tolist())
+        assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1.0, 100.0])
+def test_numbers_at_the_ends_of_the_range(temperature) -> None:
+    """Whole segments of -infinity, and finite logits whose exponents no float32 holds."""
+    vocab, kinds = 6000, [(temperature, *rest) for rest in [(-1, 1.0, 0.0), (9, 1.0, 0.0)] * 4]
+    logits = torch.full((len(kinds), vocab), -math.inf)
+    logits[0:2, 3000:3020] = 3e38
+    logits[2:4, 5990] = -3e38
+    logits[4:6, ::7] = torch.linspace(-3e38, 3e38, len(logits[0, ::7]))
+    logits[6:8, 1000:5000] = normal(2, 4000)
+    logits[6:8, 2500] = 1e30
+    wanted = sampling_of(kinds)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = logits.to(dtype)
+        assert ops.sample(rows.to(DEVICE), moved(wanted)).tolist() == reference(rows, wanted)
+
+
+def test_draws_follow_the_distribution_across_segments() -> None:
+    """Twelve tokens at the edges of segments and inside them, among many that are forbidden."""
+    rows, ids = (
+        20000,
+        torch.tensor([0, 255, 256, 511, 512, 900, 1023, 1024, 1500, 2047, 2048, 2050]),
+    )
+    row = torch.full((2051,), -math.inf)
+    row[ids] = torch.log1p(torch.arange(12.0))
+    for kind in (PLAIN, (1.0, -1, 0.97, 0.0)):
+        wanted = sampling_of([kind] * rows)
+        tokens = ops.sample(row.to(DEVICE).expand(rows, -1).contiguous(), moved(wanted)).cpu()
+        of_kept = reference_sampling.kept(row, *kind)
+        counts = torch.bincount(tokens, minlength=2051)[of_kept]
+        assert int(counts.sum()) == rows
+        expected = torch.softmax(row[of_kept].double(), 0) * rows
+        chi_square = float(((counts - expected) ** 2 / expected).sum())
+        assert chi_square < 3 * (len(of_kept) - 1) + 15
+
+
 @pytest.mark.parametrize(
     ("kind", "kept"), [(PLAIN, 12), ((1.0, 5, 1.0, 0.0), 5), ((1.0, -1, 0.8, 0.0), None)]
 )

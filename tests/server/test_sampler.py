@@ -8,7 +8,7 @@ import torch
 
 from octavo.core.step import NO_TOKEN
 from octavo.engine.logits import Draw
-from octavo.engine.sampler import draw_key, sample
+from octavo.engine.sampler import SEGMENT, draw_key, sample
 from octavo.params import SamplingParams
 
 
@@ -40,6 +40,29 @@ def test_draws_follow_the_softmax(temperature) -> None:
     counts = draws(logits, 3000, temperature=temperature)
     expected = torch.softmax(logits.double() / temperature, 0)
     assert chi_square(counts, expected) < 20.5  # 5 degrees of freedom, 0.1 %
+
+
+# Ids at the edges of segments and inside them; the last segment is not a whole one.
+SPREAD = [0, 255, 256, 300, 511, 512, 600, 767, 768, 900, 998, 999]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"), [({}, 12), ({"top_k": 7}, 7), ({"top_p": 0.8}, 7), ({"min_p": 0.15}, 6)]
+)
+def test_draws_follow_the_softmax_across_segments(changes, kept) -> None:
+    logits = torch.full((1000,), -math.inf)
+    ids = torch.tensor(SPREAD)[torch.randperm(12, generator=torch.Generator().manual_seed(1))]
+    logits[ids] = -torch.log1p(torch.arange(12.0))
+    counts = draws(logits, 2500, **changes)[ids]
+    assert int(counts[:kept].sum()) == 2500
+    expected = torch.softmax(logits[ids[:kept]].double(), 0)
+    assert chi_square(counts[:kept], expected) < 3 * (kept - 1) + 10  # beyond 0.1 %
+
+
+def test_segments_and_tokens_are_drawn_independently() -> None:
+    """Each of 1,024 equals comes as often, so no segment favours some of its tokens."""
+    counts = draws(torch.zeros(4 * SEGMENT), 8 * 1024)
+    assert chi_square(counts, torch.full((1024,), 1 / 1024)) < 1168  # 1,023 degrees, 0.1 %
 
 
 def test_top_k_keeps_k_and_their_proportions() -> None:

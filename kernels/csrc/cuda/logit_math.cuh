@@ -51,6 +51,7 @@ struct Pair;
 
 template <>
 struct Pair<__nv_bfloat16> {
+  static constexpr uint16_t kLeast = 0xff80;  // -infinity
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     uint32_t result;
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
@@ -69,6 +70,7 @@ struct Pair<__nv_bfloat16> {
 
 template <>
 struct Pair<__half> {
+  static constexpr uint16_t kLeast = 0xfc00;  // -infinity
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     uint32_t result;
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));

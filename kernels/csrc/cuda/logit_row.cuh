@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 namespace octavo::cuda {
 
 constexpr int kGroup = 8;  // tokens that a thread takes at once
@@ -17,11 +19,6 @@ struct Group {
 template <>
 struct Group<float> {
   float values[kGroup];
-};
-
-struct Bounds {
-  float raw;       // the largest before adjustments, or NaN if one is NaN
-  float largest, smallest;  // after them
 };
 
 // What changes one row's logits; lies in shared memory, for it is much to hold in registers.
@@ -61,45 +58,35 @@ struct Adjustment {
   }
 };
 
-// Groups begin where sixteen bytes do, so the first may begin `lead` tokens before the row.
-//
-// Most rows need nothing but a scale. There whole groups are plain: they are worked on as they were
-// loaded. Where more is to be done, and at a row's edges, it goes token by token.
+// Most rows need nothing but a scale and begin where sixteen bytes do. Their whole groups are
+// plain: loaded at once and worked on as they are. Elsewhere it goes token by token.
 template <typename T>
 struct Row {
   const T* data;
-  const uint4* vectors;  // those of the first group
-  int vocab, lead;
-  int first_plain, num_plain;  // groups
+  int vocab;
+  int num_plain;  // groups
   float scale, softcap;
   const Adjustment* adjustment;  // null where nothing changes the row
 
   static constexpr int kVectors = kGroup * sizeof(T) / 16;
+  using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;  // a logit as it is in memory
 
-  __device__ int groups() const { return (vocab + lead + kGroup - 1) / kGroup; }
-  __device__ __forceinline__ int first(int group) const { return group * kGroup - lead; }
-  __device__ __forceinline__ bool plain(int group) const {
-    return uint32_t(group - first_plain) < uint32_t(num_plain);
-  }
-
-  // All of its tokens are the row's.
-  __device__ bool whole(int group) const {
-    return first(group) >= 0 && first(group) + kGroup <= vocab;
-  }
-
-  // Groups from `end` on are not loaded.
-  __device__ void load_before(int end) { num_plain = max(0, min(num_plain, end - first_plain)); }
+  __device__ int groups() const { return (vocab + kGroup - 1) / kGroup; }
+  __device__ __forceinline__ bool plain(int group) const { return group < num_plain; }
+  __device__ bool simple() const { return softcap == 0.0f && adjustment == nullptr; }
 
   __device__ void adjust(const Adjustment* by) {
     adjustment = by;
     num_plain = 0;
   }
 
-  // Only a group that is worked on as it is loaded is loaded.
   __device__ __forceinline__ Group<T> load(int group) const {
-    Group<T> loaded{};
-    if (!plain(group)) return loaded;
-    const uint4* from = vectors + int64_t(group) * kVectors;
+    return plain(group) ? load_plain(group) : Group<T>{};
+  }
+
+  __device__ __forceinline__ Group<T> load_plain(int group) const {
+    Group<T> loaded;
+    const uint4* from = reinterpret_cast<const uint4*>(data) + int64_t(group) * kVectors;
     const uint4 a = load_vector(from);
     if constexpr (kVectors == 2) {
       const uint4 b = load_vector(from + 1);
@@ -115,18 +102,41 @@ struct Row {
     return loaded;
   }
 
+  // Any group, with -infinity after the row's end.
+  __device__ __forceinline__ Group<T> gather(int group) const {
+    if (plain(group)) return load_plain(group);
+    Group<T> loaded;
+    const int first = group * kGroup;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) loaded.values[i] = bits_or_least(first + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroup; i += 2) {
+        const uint32_t low = bits_or_least(first + i), high = bits_or_least(first + i + 1);
+        loaded.pairs[i / 2] = low | high << 16;
+      }
+    }
+    return loaded;
+  }
+
+  __device__ __forceinline__ Bits bits_of(int id) const {
+    return reinterpret_cast<const Bits*>(data)[id];
+  }
+
   // As the model gave it.
   __device__ __forceinline__ float raw(int id) const {
     float x;
-    if constexpr (sizeof(T) == 4) x = data[id];
-    else x = Pair<T>::low(reinterpret_cast<const uint16_t*>(data)[id]);
+    if constexpr (sizeof(T) == 4) x = bits_of(id);
+    else x = Pair<T>::low(bits_of(id));
     x = scaled(x);
     return softcap == 0.0f ? x : __fmul_rn(softcap, tanhf(__fdiv_rn(x, softcap)));
   }
 
   // As it is drawn from.
-  __device__ __forceinline__ float value(int id) const {
-    const float x = raw(id);
+  __device__ __forceinline__ float value(int id) const { return adjusted(raw(id), id); }
+
+  __device__ __forceinline__ float adjusted(float x, int id) const {
     return adjustment == nullptr ? x : (*adjustment)(x, id);
   }
 
@@ -134,7 +144,7 @@ struct Row {
   // along, because registers have no index.
   template <typename F>
   __device__ __forceinline__ void visit(int group, Group<T> loaded, F f) const {
-    const int first = this->first(group);
+    const int first = group * kGroup;
     if (plain(group)) {
 #pragma unroll 1
       for (int i = 0; i < kGroup; i += 2) {
@@ -145,34 +155,60 @@ struct Row {
       }
     } else {
 #pragma unroll 1
-      for (int id = max(first, 0); id < min(first + kGroup, vocab); ++id) f(value(id), id);
+      for (int id = first; id < min(first + kGroup, vocab); ++id) f(value(id), id);
     }
   }
 
-  __device__ __forceinline__ Bounds bounds(int group, const Group<T>& loaded) const {
-    if (!plain(group)) return bounds_one_by_one(first(group));
+  // Calls f(x) for tokens as they were loaded, before the scale.
+  template <typename F>
+  static __device__ __forceinline__ void each_loaded(const Group<T>& group, F f) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if constexpr (sizeof(T) == 4) f(group.values[i]);
+      else f(i % 2 == 0 ? Pair<T>::low(group.pairs[i / 2]) : Pair<T>::high(group.pairs[i / 2]));
+    }
+  }
+
+  // Before the scale; NaN if one is.
+  static __device__ __forceinline__ float largest(const Group<T>& group) {
     if constexpr (sizeof(T) == 2) {
       using P = Pair<T>;
-      const uint32_t(&p)[kGroup / 2] = loaded.pairs;
-      const uint32_t large = P::larger(P::larger(p[0], p[1]), P::larger(p[2], p[3]));
-      const uint32_t small = P::smaller(P::smaller(p[0], p[1]), P::smaller(p[2], p[3]));
-      const float raw = scaled(max_or_nan(P::low(large), P::high(large)));
-      return {raw, raw, scaled(fminf(P::low(small), P::high(small)))};
+      const uint32_t(&p)[kGroup / 2] = group.pairs;
+      const uint32_t most = P::larger(P::larger(p[0], p[1]), P::larger(p[2], p[3]));
+      return max_or_nan(P::low(most), P::high(most));
     } else {
-      float large = loaded.values[0], small = loaded.values[0];
+      float most = group.values[0];
 #pragma unroll
-      for (int i = 1; i < kGroup; ++i) {
-        large = max_or_nan(large, loaded.values[i]);
-        small = fminf(small, loaded.values[i]);
-      }
-      return {scaled(large), scaled(large), scaled(small)};
+      for (int i = 1; i < kGroup; ++i) most = max_or_nan(most, group.values[i]);
+      return most;
     }
   }
 
- private:
+  static __device__ __forceinline__ float smallest(const Group<T>& group) {
+    if constexpr (sizeof(T) == 2) {
+      using P = Pair<T>;
+      const uint32_t(&p)[kGroup / 2] = group.pairs;
+      const uint32_t least = P::smaller(P::smaller(p[0], p[1]), P::smaller(p[2], p[3]));
+      return fminf(P::low(least), P::high(least));
+    } else {
+      float least = group.values[0];
+#pragma unroll
+      for (int i = 1; i < kGroup; ++i) least = fminf(least, group.values[i]);
+      return least;
+    }
+  }
+
   __device__ __forceinline__ float scaled(float x) const {
     return scale == 1.0f ? x : __fmul_rn(x, scale);
   }
+
+ private:
+  __device__ __forceinline__ Bits bits_or_least(int id) const {
+    if (id < vocab) return bits_of(id);
+    if constexpr (sizeof(T) == 4) return -INFINITY;
+    else return Pair<T>::kLeast;
+  }
+
   // The group's first two; the others come nearer.
   static __device__ __forceinline__ void take_two(Group<T>& group, float& x, float& y) {
     if constexpr (sizeof(T) == 4) {
@@ -187,31 +223,14 @@ struct Row {
       for (int i = 1; i < kGroup / 2; ++i) group.pairs[i - 1] = group.pairs[i];
     }
   }
-
-  __device__ __forceinline__ Bounds bounds_one_by_one(int first) const {
-    Bounds found{-INFINITY, -INFINITY, INFINITY};
-#pragma unroll 1
-    for (int id = max(first, 0); id < min(first + kGroup, vocab); ++id) {
-      float x = raw(id);
-      found.raw = max_or_nan(found.raw, x);
-      if (adjustment != nullptr) x = (*adjustment)(x, id);
-      found.largest = fmaxf(found.largest, x);
-      found.smallest = fminf(found.smallest, x);
-    }
-    return found;
-  }
 };
 
 template <typename T>
 __device__ Row<T> row_of(const Logits& logits, int r) {
   const int64_t begin = kept(reinterpret_cast<int64_t>(static_cast<const T*>(logits.data) +
                                                        r * logits.stride));
-  const T* data = reinterpret_cast<const T*>(begin);
-  const int lead = int(kept(begin % 16 / int(sizeof(T))));
-  const uint4* vectors = reinterpret_cast<const uint4*>(data - lead);
-  const int first_plain = lead > 0;
-  const int end_plain = logits.softcap == 0.0f ? (logits.vocab + lead) / kGroup : 0;
-  return {data, vectors, logits.vocab, lead, first_plain, max(0, end_plain - first_plain),
+  const bool vectors = logits.softcap == 0.0f && begin % 16 == 0;
+  return {reinterpret_cast<const T*>(begin), logits.vocab, vectors ? logits.vocab / kGroup : 0,
           logits.scale, logits.softcap, nullptr};
 }
 

@@ -21,7 +21,8 @@ struct SelectShared {
   uint64_t warp_weight[32];
   uint32_t warp_count[32];
   Best warp_best[32];
-  uint32_t listed, bound, key, total_count;
+  uint32_t listed, key, total_count;
+  int segment;
   uint64_t total_weight;
   struct Found {
     int bin;
@@ -89,13 +90,18 @@ struct RowSelect {
     return int(__float_as_uint(place + 0x1p23f) & (kBins - 1));
   }
 
-  __device__ __forceinline__ uint64_t weight(float x) const {
+  // exp((x - largest) / temperature)
+  __device__ __forceinline__ float ratio(float x) const {
     const float below = x - largest;
     const float exponent = below * per_unit_high;
-    if (!(exponent > -46.0f)) return 0;
+    if (!(exponent > -46.0f)) return 0.0f;
     const float rest = fmaf(below, per_unit_high, -exponent) + below * per_unit_low;
     const float power = exp2_quick(exponent);
-    return __float2ull_rn(fmaf(power, rest * 0.693147181f, power) * kWeightOne);
+    return fmaf(power, rest * 0.693147181f, power);
+  }
+
+  __device__ __forceinline__ uint64_t weight(float x) const {
+    return __float2ull_rn(ratio(x) * kWeightOne);
   }
 
   // Calls f(x, id) for the tokens of the row, each in one thread.
@@ -267,6 +273,55 @@ struct RowSelect {
       shared.weight_high[i] = uint32_t(w >> 32);
     }
     __syncthreads();
+  }
+
+  // The first `length` of the list by segment, a bin each.
+  __device__ void list_by_segment(int length) {
+    static_assert(kBins * kSegment >= kMaxVocab);
+    clear();
+    for (int i = threadIdx.x; i < length; i += kSelectThreads) {
+      const uint64_t place = shared.list[i];
+      add_weight(order.id(place) / kSegment, weight(from_ordered(order.key(place))));
+    }
+    __syncthreads();
+  }
+
+  // The tokens at this place or before, by segment.
+  __device__ __forceinline__ void row_by_segment(uint64_t from) {
+    clear();
+    const int segments = (row.vocab + kSegment - 1) / kSegment;
+    int group = threadIdx.x;  // a warp takes a segment
+    Group<T> now = row.load(group);
+    for (int segment = threadIdx.x / 32; segment < segments; segment += kSelectThreads / 32) {
+      const Group<T> next = row.load(group + kSelectThreads);
+      float sum = 0.0f;
+      row.visit(group, now, [&](float x, int id) {
+        sum += order.place(x, id) >= from ? ratio(x) : 0.0f;
+      });
+      for (int by = 16; by > 0; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+      if (threadIdx.x % 32 == 0) {
+        const uint64_t w = __float2ull_rn(sum * kWeightOne);
+        shared.weight_low[segment] = uint32_t(w);
+        shared.weight_high[segment] = uint32_t(w >> 32);
+      }
+      group += kSelectThreads;
+      now = next;
+    }
+    __syncthreads();
+  }
+
+  // One of the segments that are in the bins, known to all threads.
+  __device__ __forceinline__ int draw_segment(const Draw& draw) {
+    Best best = Best::none();
+    const int segments = (row.vocab + kSegment - 1) / kSegment;
+    for (int segment = threadIdx.x; segment < segments; segment += kSelectThreads) {
+      const uint64_t w = weight_of_bin(segment);
+      if (w != 0) best.take(draw.segment_score(log(double(w)), segment), segment);
+    }
+    best = block_best(best, shared.warp_best);
+    if (threadIdx.x == 0) shared.segment = best.id;
+    __syncthreads();
+    return shared.segment;
   }
 
   // The smallest key in [low, high] for which holds(key), which is so for `high` and all above it.

@@ -1,33 +1,30 @@
-// Two kernels draw a token for each row. The first spreads each row over many blocks and finds the
-// best token of each part; for a row that top-k, top-p or min-p narrow it finds the range of the
-// logits. The second has a block a row: it takes the best of the parts, or narrows and draws.
+// Two kernels draw a token for each row. The first spreads each row over many warps, and each finds
+// the best segment of its part: by probability and noise, or the one with the largest logit; for a
+// row that top-k, top-p or min-p narrow it finds the range of the logits. The second takes the best
+// of the parts and finds the token in that segment, or narrows the row and draws.
 #include "cuda/sampling.h"
 
 #include "cuda/launch.h"
 #include "cuda/row_select.cuh"
-
-#include <climits>
+#include "cuda/segment_scan.cuh"
 
 namespace octavo::cuda {
 namespace {
 
-constexpr int kScanThreads = 256;
-constexpr int kMaxParts = 128;
-// Enough to fill every GPU several times over, so that the last blocks to run are few of all.
-constexpr int kScanBlocks = 2048;
+constexpr int kScanThreads = 128;
+constexpr int kScanWarps = kScanThreads / 32;
+// As many warps scan at once on a large GPU; with more units than that, a warp takes several, and
+// the next is loaded while one is worked on.
+constexpr int kWarpsAtOnce = 4096;
+constexpr int kUnitsOfPart = 4;  // at most
+static_assert(kUnitsOfPart <= kMostUnits);
+// The second kernel's blocks, one a multiprocessor; each takes up to kTeams rows at once.
+constexpr int kFinishBlocks = 128;
+constexpr int kTeams = kSelectThreads / kSegment;
 // As octavo.engine.sampler: below it a division would only amplify rounding.
 constexpr float kGreedyBelow = 1e-5f;
 
 enum class Mode { kPadding, kGreedy, kPlain, kNarrowed };
-
-// What one block found in its part of a row.
-struct Part {
-  double score;
-  int id;
-  float largest, smallest;
-  bool unusable;  // NaN or infinity
-  bool finite;    // something is more than -infinity, before adjustments
-};
 
 struct Problem {
   Logits logits;
@@ -36,7 +33,7 @@ struct Problem {
   int32_t* tokens;
   int32_t* kept;
   Part* parts;
-  int num_parts, groups_per_part;
+  int num_parts, units_of_part;
 };
 
 __device__ int slot_of(const Sampling& sampling, int r) {
@@ -57,166 +54,94 @@ __device__ Draw draw_of(const Sampling& sampling, int slot) {
   return {mix(uint64_t(sampling.stream[slot]) ^ count), double(sampling.temperature[slot])};
 }
 
-// For all threads of a block.
+// The row's adjustments in the pool, or -1.
+__device__ int pool_row_of(const Sampling& sampling, int slot) {
+  return sampling.adjusted == nullptr || slot < 0 ? -1 : sampling.adjusted[slot];
+}
+
 template <typename T>
-__device__ Row<T> sampled_row(const Problem& p, int r, int slot, Adjustment& adjustment) {
+__global__ void __launch_bounds__(kScanThreads, sizeof(T) == 4 ? 4 : 7)
+    scan_parts(const Problem p) {
+  __shared__ Adjustment adjustment;
+  allow_next();
+  wait_for_previous();
+  const int r = blockIdx.y, part = blockIdx.x * kScanWarps + threadIdx.x / 32;
   Row<T> row = row_of<T>(p.logits, r);
+  const int units = (row.groups() + kUnitGroups - 1) / kUnitGroups;
+  const int begin = part * p.units_of_part;
+  SegmentScan<T> scan(row, begin, min(begin + p.units_of_part, units));
+  // On its way while it is looked up what is to be done with the row.
+  const Unit<T> first = scan.load(begin);
   const Sampling& s = p.sampling;
-  const int pool_row = s.adjusted == nullptr ? -1 : s.adjusted[slot];
+  const int slot = slot_of(s, r), pool_row = pool_row_of(s, slot);
+  const Mode mode = mode_of(s, slot, p.logits.vocab);
+  if (mode == Mode::kPadding) return;
   if (pool_row >= 0) {
-    if (threadIdx.x == 0) {
-      adjustment = adjustment_of(s.adjustments, pool_row, s.count[slot]);
-    }
+    if (threadIdx.x == 0) adjustment = adjustment_of(s.adjustments, pool_row, s.count[slot]);
     __syncthreads();
     row.adjust(&adjustment);
   }
-  return row;
+  if (part >= p.num_parts) return;
+  const Part own = mode == Mode::kPlain ? scan.drawn(draw_of(s, slot), first) : scan.largest(first);
+  const Part found = warp_part(own);
+  if (threadIdx.x % 32 == 0) p.parts[r * p.num_parts + part] = found;
 }
 
-// A thread's share of a part. The next groups are loaded while those at hand are worked on, and all
-// threads take the same number of turns: warps act together.
-template <typename T>
-struct PartScan {
-  const Row<T>& row;
-  int begin, end;
-  float raw = -INFINITY;  // the largest before adjustments, or NaN
+// For all threads of a warp.
+__device__ Part whole_of(const Problem& p, int r) {
+  Part all = Part::none();
+  for (int i = threadIdx.x % 32; i < p.num_parts; i += 32) all.join(p.parts[r * p.num_parts + i]);
+  return warp_part(all);
+}
 
-  __device__ __forceinline__ Bounds bounds(int group, const Group<T>& loaded) {
-    if (group >= end) return {-INFINITY, -INFINITY, INFINITY};
-    const Bounds found = row.bounds(group, loaded);
-    raw = max_or_nan(raw, found.raw);
-    return found;
-  }
-
-  __device__ Part part(double score, int id, float largest, float smallest) const {
-    return {score, id, largest, smallest, !(raw < INFINITY), raw > -INFINITY};
-  }
-
-  __device__ Part largest() {
-    float largest = -INFINITY, smallest = INFINITY;
-    int id = -1;
-    int group = begin + threadIdx.x;
-    Group<T> now = row.load(group), next = row.load(group + kScanThreads);
-    for (; group < end; group += kScanThreads) {
-      const Group<T> later = row.load(group + 2 * kScanThreads);
-      const Bounds found = bounds(group, now);
-      smallest = fminf(smallest, found.smallest);
-      if (found.largest > largest) {
-        largest = found.largest;
-        int first = INT_MAX;
-        row.visit(group, now, [&](float x, int i) {
-          if (x == largest) first = min(first, i);
-        });
-        id = first;
-      }
-      now = next;
-      next = later;
-    }
-    return part(largest, id, largest, smallest);
-  }
-
-  __device__ Part gumbel(const Draw& draw, uint32_t* bound) {
-    GumbelScan<T> scan(row, draw, bound, 0);
-    int group = begin + threadIdx.x;
-    Group<T> now = row.load(group), other = row.load(group + kScanThreads);
-    for (int base = begin; base < end; base += 2 * kScanThreads, group += 2 * kScanThreads) {
-      const Group<T> next = row.load(group + 2 * kScanThreads);
-      const Group<T> next_other = row.load(group + 3 * kScanThreads);
-      const Bounds here = bounds(group, now), there = bounds(group + kScanThreads, other);
-      if (base == begin) scan.begin(group, here, group < end);
-      scan.take(group, group + kScanThreads, fmaxf(here.largest, there.largest));
-      now = next;
-      other = next_other;
-    }
-    return part(scan.best.score, scan.best.id, -INFINITY, INFINITY);
-  }
+// What a block knows of one of its rows.
+struct Held {
+  int r, slot, pool_row;
+  bool narrowed;  // what is left of it is to be found
+  float largest, smallest;
+  int top_k;
+  float top_p, min_p;
+  Draw draw;
+  Adjustment adjustment;
 };
 
-__device__ Part block_part(Part own, Best* scratch, uint32_t (*ranges)[2]) {
-  const bool unusable = __syncthreads_or(own.unusable), finite = __syncthreads_or(own.finite);
-  const uint32_t largest = __reduce_max_sync(~0u, ordered(own.largest));
-  const uint32_t smallest = __reduce_min_sync(~0u, ordered(own.smallest));
-  if (threadIdx.x % 32 == 0) {
-    ranges[threadIdx.x / 32][0] = largest;
-    ranges[threadIdx.x / 32][1] = smallest;
-  }
-  const Best best = block_best({own.score, own.id}, scratch);
-  Part all{best.score, best.id, -INFINITY, INFINITY, unusable, finite};
-  for (int warp = 0; warp < kScanThreads / 32; ++warp) {
-    all.largest = fmaxf(all.largest, from_ordered(ranges[warp][0]));
-    all.smallest = fminf(all.smallest, from_ordered(ranges[warp][1]));
-  }
-  return all;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kScanThreads, 4) scan_parts(const Problem p) {
-  __shared__ Adjustment adjustment;
-  __shared__ uint32_t bound;
-  __shared__ Best scratch[32];
-  __shared__ uint32_t ranges[kScanThreads / 32][2];
-  if (threadIdx.x == 0) bound = ordered(-INFINITY);
-  __syncthreads();
-  allow_next();
-  wait_for_previous();
-  const int r = blockIdx.y, slot = slot_of(p.sampling, r);
-  const Mode mode = mode_of(p.sampling, slot, p.logits.vocab);
-  if (mode == Mode::kPadding) return;
-  Row<T> row = sampled_row<T>(p, r, slot, adjustment);
-  const int begin = blockIdx.x * p.groups_per_part;
-  const int end = min(begin + p.groups_per_part, row.groups());
-  row.load_before(end);
-  PartScan<T> scan{row, begin, end};
-  const Part found =
-      mode == Mode::kPlain ? scan.gumbel(draw_of(p.sampling, slot), &bound) : scan.largest();
-  const Part part = block_part(found, scratch, ranges);
-  if (threadIdx.x == 0) p.parts[r * p.num_parts + blockIdx.x] = part;
-}
-
-// By the first warp.
-__device__ Part whole_of(const Problem& p, int r) {
-  Part all{-INFINITY, -1, -INFINITY, INFINITY, false, false};
-  Best best = Best::none();
-  for (int i = threadIdx.x; i < p.num_parts; i += 32) {
-    const Part part = p.parts[r * p.num_parts + i];
-    best.take(part.score, part.id);
-    all.largest = fmaxf(all.largest, part.largest);
-    all.smallest = fminf(all.smallest, part.smallest);
-    all.unusable |= part.unusable;
-    all.finite |= part.finite;
-  }
-  for (int by = 16; by > 0; by /= 2) {
-    const double score = __shfl_xor_sync(~0u, best.score, by);
-    const int id = __shfl_xor_sync(~0u, best.id, by);
-    best.take(score, id);
-  }
-  all.score = best.score;
-  all.id = best.id;
-  all.largest = from_ordered(__reduce_max_sync(~0u, ordered(all.largest)));
-  all.smallest = from_ordered(__reduce_min_sync(~0u, ordered(all.smallest)));
-  all.unusable = __any_sync(~0u, all.unusable);
-  all.finite = __any_sync(~0u, all.finite);
-  return all;
-}
-
-// Writes the token and what follows from it. By one thread.
-__device__ void emit(const Problem& p, int r, int slot, int32_t token) {
-  p.tokens[r] = token;
+__device__ void hold(const Problem& p, int r, int slot, bool narrowed, const Part& whole,
+                     Held& held) {
   const Sampling& s = p.sampling;
-  const int pool_row = s.adjusted == nullptr || slot < 0 ? -1 : s.adjusted[slot];
-  if (token >= 0 && pool_row >= 0) {
-    uint16_t& mark = s.adjustments.marks[pool_row * s.adjustments.marks_stride + token];
+  held.r = r;
+  held.slot = slot;
+  held.pool_row = pool_row_of(s, slot);
+  held.narrowed = narrowed;
+  held.largest = float(whole.best.score);
+  held.smallest = whole.smallest;
+  if (slot >= 0) {
+    held.draw = draw_of(s, slot);
+    held.top_k = s.top_k[slot];
+    held.top_p = s.top_p[slot];
+    held.min_p = s.min_p[slot];
+  }
+  if (held.pool_row >= 0) {
+    held.adjustment = adjustment_of(s.adjustments, held.pool_row, s.count[slot]);
+  }
+}
+
+// Writes the token and what follows from it. By a warp.
+__device__ void emit(const Problem& p, const Held& held, int32_t token) {
+  const int lane = threadIdx.x % 32, slot = held.slot;
+  const bool real = slot >= 0 && token >= 0, ends = p.ends.stop_ids != nullptr;
+  const bool stopped = ends && real && lane < kStopIds &&
+                       p.ends.stop_ids[slot * kStopIds + lane] == token;
+  const bool full = ends && real && p.sampling.count[slot] + 1 >= p.ends.max_tokens[slot];
+  const uint8_t flags = (__any_sync(~0u, stopped) ? kStopped : 0) | (full ? kFull : 0) |
+                        (token < 0 ? kFailed : 0);
+  if (lane != 0) return;
+  p.tokens[held.r] = token;
+  if (ends) p.ends.flags[held.r] = flags;
+  if (real && held.pool_row >= 0) {
+    const Adjustments& a = p.sampling.adjustments;
+    uint16_t& mark = a.marks[held.pool_row * a.marks_stride + token];
     if ((mark & kCountMask) != kCountMask) ++mark;
   }
-  if (p.ends.stop_ids == nullptr) return;
-  uint8_t flags = token < 0 ? kFailed : 0;
-  if (slot >= 0 && token >= 0) {
-    for (int i = 0; i < kStopIds; ++i) {
-      if (p.ends.stop_ids[slot * kStopIds + i] == token) flags |= kStopped;
-    }
-    if (s.count[slot] + 1 >= p.ends.max_tokens[slot]) flags |= kFull;
-  }
-  p.ends.flags[r] = flags;
 }
 
 // The first so many tokens of the row in Order, as min-p, top-k and top-p leave them, and the draw
@@ -224,50 +149,48 @@ __device__ void emit(const Problem& p, int r, int slot, int32_t token) {
 template <typename T>
 struct Narrowing {
   RowSelect<T> select;
-  const Draw& draw;
-  int top_k;
-  float top_p;
+  const Held& held;  // in shared memory, and read where it is used: registers are few
 
   // Those that min-p leaves come at this place or before.
-  __device__ uint64_t after_min_p(float min_p) {
-    if (!(min_p > 0.0f)) return 0;
-    const double least = log(double(min_p)), top = select.largest;
+  __device__ uint64_t after_min_p() {
+    if (!(held.min_p > 0.0f)) return 0;
+    const double least = log(double(held.min_p)), top = select.largest;
     return select.order.first(select.lowest_key(
         ordered(select.smallest), ordered(select.largest), [&](uint32_t key) {
-          return (double(from_ordered(key)) - top) / draw.temperature >= least;
+          return (double(from_ordered(key)) - top) / held.draw.temperature >= least;
         }));
   }
 
   // Tokens are kept while what comes before them is less than top-p of the whole.
   __device__ Target share(uint64_t whole) const {
-    const double amount = ceil(double(top_p) * double(whole));
+    const double amount = ceil(double(held.top_p) * double(whole));
     return {true, max(uint64_t(1), min(whole, uint64_t(amount)))};
   }
 
-  __device__ Best run(float min_p, int& kept) {
-    uint64_t from = after_min_p(min_p);
-    bool counts = top_k > 0;
-    while (counts || top_p < 1.0f) {
+  __device__ Best run(int32_t* all_kept) {
+    uint64_t from = after_min_p();
+    bool counts = held.top_k > 0;
+    while (counts || held.top_p < 1.0f) {
       const Cut cut = select.search(from, [&]() -> Target {
-        counts = counts && uint32_t(top_k) < select.shared.total_count;
-        if (counts) return {false, uint64_t(top_k)};
-        return top_p < 1.0f ? share(select.shared.total_weight) : Target{};
+        counts = counts && uint32_t(held.top_k) < select.shared.total_count;
+        if (counts) return {false, uint64_t(held.top_k)};
+        return held.top_p < 1.0f ? share(select.shared.total_weight) : Target{};
       });
-      if (cut.listable()) return from_list(cut, counts, kept);
+      if (cut.listable()) return from_list(cut, counts, all_kept);
       from = cut.from;
       if (!counts) break;
       counts = false;
     }
-    kept = -1;
+    note(all_kept, -1);
     return from_row(from);
   }
 
   // All that may be kept fits into the list.
-  __device__ Best from_list(const Cut& cut, bool counts, int& kept) {
+  __device__ Best from_list(const Cut& cut, bool counts, int32_t* all_kept) {
     uint64_t whole = select.shared.total_weight;
-    kept = select.gather(cut);
-    if (counts) kept = top_k;
-    if (top_p < 1.0f) {
+    int kept = select.gather(cut);
+    if (counts) kept = held.top_k;
+    if (held.top_p < 1.0f) {
       select.list_as_bins(kept);
       if (counts) {
         select.total();
@@ -275,96 +198,128 @@ struct Narrowing {
       }
       kept = select.find(share(whole)).bin + 1;
     }
+    note(all_kept, kept);
+    select.list_by_segment(kept);
+    const int segment = select.draw_segment(held.draw);
     Best best = Best::none();
     for (int i = threadIdx.x; i < kept; i += kSelectThreads) {
       const uint64_t place = select.shared.list[i];
       const int id = select.order.id(place);
-      best.take(draw.score(from_ordered(select.order.key(place)), id), id);
+      if (id / kSegment != segment) continue;
+      best.take(held.draw.score(from_ordered(select.order.key(place)), id), id);
     }
     return best;
   }
 
+  __device__ void note(int32_t* all_kept, int kept) {
+    if (threadIdx.x == 0 && all_kept != nullptr) all_kept[held.r] = kept;
+  }
+
   __device__ Best from_row(uint64_t from) {
-    if (threadIdx.x == 0) select.shared.bound = ordered(-INFINITY);
-    __syncthreads();
-    const Row<T>& row = select.row;
-    GumbelScan<T> scan(row, draw, &select.shared.bound, from);
-    const int groups = row.groups();
-    for (int group = threadIdx.x; group - int(threadIdx.x) < groups; group += 2 * kSelectThreads) {
-      const int other = group + kSelectThreads;
-      const Group<T> loaded = row.load(group), loaded_other = row.load(other);
-      Bounds here{-INFINITY, -INFINITY, INFINITY}, there = here;
-      if (group < groups) here = row.bounds(group, loaded);
-      if (other < groups) there = row.bounds(other, loaded_other);
-      if (group == int(threadIdx.x)) scan.begin(group, here, group < groups);
-      scan.take(group, other, fmaxf(here.largest, there.largest));
-    }
-    return scan.best;
+    select.row_by_segment(from);
+    const int id = select.draw_segment(held.draw) * kSegment + threadIdx.x;
+    if (threadIdx.x >= kSegment || id >= select.row.vocab) return Best::none();
+    const float x = select.row.value(id);
+    if (!(x > -INFINITY) || select.order.place(x, id) < from) return Best::none();
+    return {held.draw.score(x, id), id};
   }
 };
+
+template <typename T>
+__device__ Row<T> held_row(const Problem& p, const Held& held) {
+  Row<T> row = row_of<T>(p.logits, held.r);
+  if (held.pool_row >= 0) row.adjust(&held.adjustment);
+  return row;
+}
+
+// By a whole block.
+template <typename T>
+__device__ void narrow(const Problem& p, const Held& held, SelectShared& shared) {
+  const Row<T> row = held_row<T>(p, held);
+  Narrowing<T> narrowing{{row, shared, held.largest, held.smallest, held.draw.temperature,
+                          held.top_p < 1.0f},
+                         held};
+  const Best best = block_best(narrowing.run(p.kept), shared.warp_best);
+  if (threadIdx.x < 32) emit(p, held, best.id);
+}
+
+// Copies one of the rows that are still to be narrowed, and strikes it off; false if there is none.
+// By a whole block. What is left to do is kept in shared memory, for registers are few.
+__device__ bool next_narrowed(Held (&rows)[kTeams], Held& next) {
+  __syncthreads();
+  int t = 0;
+  while (t < kTeams && !rows[t].narrowed) ++t;
+  __syncthreads();
+  if (t == kTeams) return false;
+  if (threadIdx.x == 0) {
+    next = rows[t];
+    rows[t].narrowed = false;
+  }
+  __syncthreads();
+  return true;
+}
+
+// Each of a team's threads has one token of the segment.
+template <typename T>
+__device__ Best best_of_segment(const Problem& p, const Held& held, Mode mode, int segment) {
+  const int id = segment * kSegment + threadIdx.x % kSegment;
+  if (id >= p.logits.vocab) return Best::none();
+  const float x = held_row<T>(p, held).value(id);
+  if (!(x > -INFINITY)) return Best::none();
+  return {mode == Mode::kGreedy ? double(x) : held.draw.score(x, id), id};
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kSelectThreads, 1) finish_rows(const Problem p) {
   __shared__ SelectShared shared;
-  __shared__ Part whole;
-  __shared__ Adjustment adjustment;
-  __shared__ Draw draw;
+  __shared__ Held held[kTeams], current;
   allow_next();
   wait_for_previous();
-  const int r = blockIdx.x, slot = slot_of(p.sampling, r);
+  const int team = threadIdx.x / kSegment, member = threadIdx.x % kSegment;
+  const int r = blockIdx.x + team * gridDim.x;
+  const bool here = r < p.logits.rows;
+  const Part whole = here ? whole_of(p, r) : Part::none();  // nonsense where a row is padding
+  const int slot = here ? slot_of(p.sampling, r) : -1;
   const Mode mode = mode_of(p.sampling, slot, p.logits.vocab);
-  if (mode == Mode::kPadding) {
-    if (threadIdx.x == 0) emit(p, r, slot, kPaddingToken);
-    return;
-  }
-  if (threadIdx.x < 32) {
-    const Part found = whole_of(p, r);
-    if (threadIdx.x == 0) {
-      whole = found;
-      draw = draw_of(p.sampling, slot);
-    }
-  }
+  const bool usable = !whole.unusable && whole.finite;
+  const bool draws = mode != Mode::kPadding && usable && whole.best.id >= 0;
+  const bool narrowed = draws && mode == Mode::kNarrowed;
+  Held& own = held[team];
+  if (member == 0) hold(p, r, slot, narrowed, whole, own);
   __syncthreads();
-  if (whole.unusable || !whole.finite || mode != Mode::kNarrowed || whole.largest == -INFINITY) {
-    if (threadIdx.x == 0) {
-      const int32_t token = whole.id < 0 ? kNothingAllowed : whole.id;
-      emit(p, r, slot, whole.unusable || !whole.finite ? kNoToken : token);
-    }
-    return;
+  Best best = Best::none();
+  if (draws && !narrowed) best = best_of_segment<T>(p, own, mode, whole.best.id);
+  best = warp_best(best);
+  if (threadIdx.x % 32 == 0) shared.warp_best[threadIdx.x / 32] = best;
+  __syncthreads();
+  if (here && !narrowed && member < 32) {
+    const bool one = member < kSegment / 32;
+    best = warp_best(one ? shared.warp_best[threadIdx.x / 32 + member] : Best::none());
+    const int32_t token = draws ? best.id : usable ? kNothingAllowed : kNoToken;
+    emit(p, own, mode == Mode::kPadding ? kPaddingToken : token);
   }
-  const Row<T> row = sampled_row<T>(p, r, slot, adjustment);
-  const float top_p = p.sampling.top_p[slot];
-  Narrowing<T> narrowing{{row, shared, whole.largest, whole.smallest, draw.temperature,
-                          top_p < 1.0f},
-                         draw, p.sampling.top_k[slot], top_p};
-  int kept;
-  Best best = narrowing.run(p.sampling.min_p[slot], kept);
-  best = block_best(best, shared.warp_best);
-  if (threadIdx.x == 0) {
-    if (p.kept != nullptr) p.kept[r] = kept;
-    emit(p, r, slot, best.id);
-  }
+  while (next_narrowed(held, current)) narrow<T>(p, current, shared);
 }
 
 struct Parts {
-  int count, groups;
+  int count, units;  // of a row; of a part
 };
 
 // How a row is divided; nothing that is drawn depends on it.
 Parts parts_of(int rows, int vocab) {
-  const int groups = (vocab + 2 * kGroup - 1) / kGroup;  // one more where rows begin unaligned
-  const int turns = (groups + kScanThreads - 1) / kScanThreads;
-  const int wanted = (kScanBlocks + rows - 1) / rows;
-  const int most = wanted < kMaxParts ? wanted : kMaxParts;
-  int turns_each = (turns + most - 1) / most;
-  if (turns_each > 1) turns_each += turns_each % 2;  // two are taken at once
-  return {(turns + turns_each - 1) / turns_each, turns_each * kScanThreads};
+  const int whole = (vocab + kUnitSegments * kSegment - 1) / (kUnitSegments * kSegment);
+  int units = 1;
+  while (units < kUnitsOfPart && int64_t(rows) * whole > int64_t(kWarpsAtOnce) * units) units *= 2;
+  return {(whole + units - 1) / units, units};
 }
 
 template <typename T>
 void launch_both(const Problem& p, cudaStream_t stream) {
-  launch(scan_parts<T>, dim3(p.num_parts, p.logits.rows), kScanThreads, 0, stream, p);
-  launch(finish_rows<T>, p.logits.rows, kSelectThreads, 0, stream, p);
+  const int rows = p.logits.rows, least = (rows + kTeams - 1) / kTeams;
+  const int blocks = rows < kFinishBlocks ? rows : least > kFinishBlocks ? least : kFinishBlocks;
+  const dim3 scanned((p.num_parts + kScanWarps - 1) / kScanWarps, rows);
+  launch(scan_parts<T>, scanned, kScanThreads, 0, stream, p);
+  launch(finish_rows<T>, blocks, kSelectThreads, 0, stream, p);
 }
 
 }  // namespace
@@ -378,7 +333,7 @@ void sample(const Logits& logits, const Sampling& sampling, const Ends& ends, in
   if (logits.rows == 0) return;
   const Parts parts = parts_of(logits.rows, logits.vocab);
   const Problem p{logits, sampling, ends, tokens, kept, static_cast<Part*>(workspace),
-                  parts.count, parts.groups};
+                  parts.count, parts.units};
   if (logits.dtype == DType::kFloat32) launch_both<float>(p, stream);
   else if (logits.dtype == DType::kBFloat16) launch_both<__nv_bfloat16>(p, stream);
   else launch_both<__half>(p, stream);

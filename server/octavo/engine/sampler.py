@@ -1,8 +1,12 @@
 """Logits → tokens. A draw is a function of its row of logits, its parameters, its history and key.
 
-Randomness is counter-based: the noise of token id v in a draw is a hash of (key, v), so neither
-batch mates nor the order of steps nor a preemption changes what a request gets. Sampling is by
-the Gumbel-max rule: the largest of log-probability + Gumbel noise is a sample.
+Sampling is by the Gumbel-max rule, the largest of log-probability + Gumbel noise is a sample, in
+two steps: a segment of consecutive token ids is drawn by the probability of all its tokens, then
+one of these. The distribution is the same, and a draw takes the noise of hundreds of numbers
+instead of a whole vocabulary's (Maddison, Tarlow, Minka: "A* Sampling", 2014, top-down).
+
+Randomness is counter-based: noise is a hash of the key and the segment or token it is for, so
+neither batch mates nor the order of steps nor a preemption changes what a request gets.
 
 What is done to all rows at once is exact whatever their number (a maximum). Sums, exponentials and
 logarithms are taken row by row, because their last bits may depend on the shape of the whole.
@@ -21,8 +25,8 @@ from octavo.params import SamplingParams
 _MASK64 = (1 << 64) - 1
 # Below this temperature the division would only amplify rounding; the draw is the maximum.
 GREEDY_BELOW = 1e-5
-# Numbers of noise that are made at once: 8 MiB.
-_NOISE_AT_ONCE = 1 << 20
+# Tokens of a segment; as in the kernels, so that all devices draw alike.
+SEGMENT = 256
 
 
 def draw_stream(params: SamplingParams, engine_seed: int, seq_id: int, branch: int = 0) -> int:
@@ -52,19 +56,11 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw], eos_token_ids: Sequence[
     best = torch.argmax(logits, dim=-1)  # NaN counts as the largest
     usable = torch.isfinite(logits.gather(1, best[:, None])[:, 0]).tolist()
     tokens: list[int] = best.tolist()
-    plain = []  # rows from whose whole distribution a token is drawn
     for i, draw in enumerate(draws):
         if not usable[i]:
             tokens[i] = NO_TOKEN
-        elif changes(draw) or narrows(draw.params, logits.shape[1]):
+        elif changes(draw) or draw.params.temperature >= GREEDY_BELOW:
             tokens[i] = _draw(logits[i], draw, eos_token_ids)
-        elif draw.params.temperature >= GREEDY_BELOW:
-            plain.append(i)
-    step = max(1, _NOISE_AT_ONCE // logits.shape[1])
-    for begin in range(0, len(plain), step):
-        rows = plain[begin : begin + step]
-        for i, token in zip(rows, _draw_plain(logits, draws, rows), strict=True):
-            tokens[i] = token
     return tokens
 
 
@@ -75,31 +71,35 @@ def _draw(row: torch.Tensor, draw: Draw, eos_token_ids: Sequence[int]) -> int:
             return NOTHING_ALLOWED
     if draw.params.temperature < GREEDY_BELOW:
         return int(torch.argmax(row))
-    scaled, ids = candidates(row, draw.params)
-    uniform = _uniform(ids + _signed(draw.key))
-    return int(ids[torch.argmax(scaled + _gumbel(uniform))])
+    return _pick(_segments(row, draw.params), draw.key)
 
 
-def _draw_plain(logits: torch.Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
-    """The same where every token may be drawn; what is exact is done for all rows at once."""
-    keys = torch.tensor([_signed(draws[i].key) for i in rows], device=logits.device)
-    uniform = _uniform(keys[:, None] + torch.arange(logits.shape[1], device=logits.device))
-    drawn = [
-        torch.argmax(scale(logits[i], draws[i].params.temperature) + _gumbel(row.clone()))
-        for i, row in zip(rows, uniform, strict=True)
-    ]
-    tokens: list[int] = torch.stack(drawn).tolist()
-    return tokens
+def _segments(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Scaled logits [segments, SEGMENT], float64; -infinity where no token may be drawn."""
+    vocab = len(row)
+    size = -(-vocab // SEGMENT) * SEGMENT
+    whole = torch.full((size,), float("-inf"), dtype=torch.float64, device=row.device)
+    if narrows(params, vocab):
+        scaled, ids = candidates(row, params)
+        whole[ids] = scaled
+    else:
+        whole[:vocab] = scale(row, params.temperature)
+    return whole.view(-1, SEGMENT)
 
 
-def _gumbel(uniform: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise from one row of uniform numbers (which are used up)."""
+def _pick(scaled: torch.Tensor, key: int) -> int:
+    """A token id, drawn from scaled logits [segments, SEGMENT]."""
+    segments = torch.arange(len(scaled), device=scaled.device)
+    segment = int(torch.argmax(torch.logsumexp(scaled, 1) + _gumbel(~key, segments)))
+    ids = segment * SEGMENT + torch.arange(SEGMENT, device=scaled.device)
+    return int(ids[torch.argmax(scaled[segment] + _gumbel(key, ids))])
+
+
+def _gumbel(key: int, words: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise, float64, of the uniform numbers that key + word hashes to."""
+    hashed = _mix_tensor(words + _signed(key & _MASK64))
+    uniform = _shift_right(hashed, 11).double().add_(0.5).mul_(2.0**-53)
     return uniform.log_().neg_().log_().neg_()
-
-
-def _uniform(words: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers in (0, 1), float64, hashed from 64-bit words; exact, whatever the shape."""
-    return _shift_right(_mix_tensor(words), 11).double().add_(0.5).mul_(2.0**-53)
 
 
 def _mix(value: int) -> int:
