@@ -33,10 +33,16 @@ SHM_BYTES = 40 << 30
 
 
 def default_scratch() -> Path:
-    """In memory where there is room for a checkpoint: it is read from the page cache either way."""
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free >= SHM_BYTES
-    return (memory if roomy else Path("/tmp")) / "octavo-sitting"
+    """In memory where there is room for a checkpoint: it is read from the page cache either way.
+
+    What an earlier call of the sitting chose is kept.
+    """
+    memory, disk = Path("/dev/shm/octavo-sitting"), Path("/tmp/octavo-sitting")
+    for folder in (memory, disk):
+        if folder.is_dir():
+            return folder
+    roomy = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free >= SHM_BYTES
+    return memory if roomy else disk
 
 
 def parse() -> argparse.Namespace:

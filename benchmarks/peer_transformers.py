@@ -32,7 +32,7 @@ import transformers  # noqa: E402
 # Those that are likely to be best come first, in case that the time ends.
 BATCHES = (64, 128, 256, 32, 16)
 # Of one batch size: the prompts, and steps behind them.
-BOX_S = 11.0
+BOX_S = 8.0
 LATE_STEPS = 6
 FIRST_ID = 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -34,10 +34,11 @@ class Part:
     run: Callable[[Sitting], Rows]
 
 
-def offline(sitting: Sitting, engine: str, shape: str, loads: list[str]) -> Rows:
-    """One engine over some workloads without HTTP."""
+def offline(sitting: Sitting, engine: str, shape: str, loads: list[str], repeat: int = 2) -> Rows:
+    """One engine over some workloads without HTTP; `repeat` passes, of a peer always two."""
     model = Model.of(shape, sitting.scratch)
     words = offline_command(engine, model, loads, sitting.requests)
+    words += ["--repeat", str(repeat)] if engine == "octavo" else []
     own = {"engine": engine, "version": None, "shape": model.name}
     for row in sitting.run(words, peer=engine == "vllm"):
         own["version"] = row.get("version", own["version"])
@@ -90,6 +91,8 @@ def script(sitting: Sitting, name: str, *words: str) -> Rows:
 def serve(sitting: Sitting, engine: str, shape: str, rep: int, *, loaded: bool = True) -> Rows:
     """A server's cold start, and what it does under load."""
     model = Model.of(shape, sitting.scratch)
+    if not any(model.folder.glob("*.safetensors")):
+        yield from weights(sitting, shape)
     run = under_load if loaded else cold_start
     for row in run(sitting, engine, model, rep):
         yield {"shape": model.name} | row
@@ -113,18 +116,18 @@ def parts(big: str = BIG, small: str = SMALL) -> dict[str, Part]:
     return {
         "octavo-8b": of(130, 50, offline, "octavo", big, BIG_LOADS),
         "octavo-0.6b": of(60, 25, offline, "octavo", small, SMALL_LOADS),
-        "transformers": of(105, 50, offline, "transformers", big, ["sharegpt"]),
-        "vllm-8b": of(270, 130, offline, "vllm", big, vllm_big),
-        "vllm-0.6b": of(160, 90, offline, "vllm", small, SMALL_LOADS),
-        "weights": of(60, 20, weights, big),
-        "serve-vllm": of(250, 150, serve, "vllm", big, 0),
-        "cold-octavo": of(40, 15, serve, "octavo", big, 0, loaded=False),
+        "transformers": of(90, 40, offline, "transformers", big, ["sharegpt"]),
+        "weights": of(60, 15, weights, big),
+        "vllm-8b": of(270, 120, offline, "vllm", big, vllm_big),
+        "vllm-0.6b": of(160, 80, offline, "vllm", small, SMALL_LOADS),
+        "serve-vllm": of(250, 140, serve, "vllm", big, 0),
+        "cold-octavo": of(40, 12, serve, "octavo", big, 0, loaded=False),
         "serve-octavo": of(150, 80, serve, "octavo", big, 1),
-        "sharing": of(60, 20, script, "sharing_gpu.py"),
+        "octavo-8b-again": of(100, 40, offline, "octavo", big, BIG_LOADS, 1),
+        "octavo-0.6b-again": of(50, 20, offline, "octavo", small, SMALL_LOADS, 1),
         "idle": of(60, 25, script, "idle.py", "--model", big),
+        "sharing": of(90, 20, script, "sharing_gpu.py", "--model", small),
         "cost-octavo": of(80, 30, script, "cost_model.py", "--model", big, "--engine", "octavo"),
-        "octavo-8b-again": of(110, 50, offline, "octavo", big, BIG_LOADS),
-        "octavo-0.6b-again": of(50, 25, offline, "octavo", small, SMALL_LOADS),
         "serve-octavo-again": of(150, 80, serve, "octavo", big, 2),
     }
 
@@ -153,13 +156,24 @@ def run_part(sitting: Sitting, name: str, part: Part, end: float) -> None:
 
 
 def measure_ceilings(sitting: Sitting) -> None:
-    """Copy bandwidth (bytes read and written) and the rate of a large bf16 product."""
+    """Copy bandwidth (bytes read and written) and the rate of a large bf16 product.
+
+    Once a sitting: a later call takes what an earlier one found.
+    """
+    known = [row["detail"] for row in sitting.rows if row["metric"] == "ceilings"]
+    if known:
+        _use(sitting, known[0])
+        return
     sitting.deadline = time.perf_counter() + 60
     try:
         found = next(sitting.run([sys.executable, str(HERE / "ceilings.py")]))
     except (PartError, StopIteration) as error:
         sitting.append({"metric": "failed", "part": "ceilings", "value": None, "why": str(error)})
         return
+    _use(sitting, found)
+    sitting.append({"metric": "ceilings", "value": None, "limit": None, "detail": found})
+
+
+def _use(sitting: Sitting, found: dict[str, Any]) -> None:
     sitting.stamp["device"] = found["device"]
     sitting.ceilings = Ceilings(found["copy_TB_s"] * 1e12, found["bf16_TFLOP_s"] * 1e12)
-    sitting.append({"metric": "ceilings", "value": None, "limit": None, "detail": found})

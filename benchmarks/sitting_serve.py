@@ -40,10 +40,10 @@ HOST = "127.0.0.1"
 POLL_S = 0.05
 STOP_S = 15.0
 # All at once, with as many as a batch holds and more behind them.
-CAPACITY_REQUESTS = 800
+CAPACITY_REQUESTS = 700
 WARM_UP_REQUESTS = 64
 # Ours goes on capturing graphs in idle moments after its first token.
-SETTLE_S = {"octavo": 10.0}
+SETTLE_S = {"octavo": 9.0}
 POISSON_S = 45.0
 POISSON_SEED = 11
 SHARE_OF_CAPACITY = 0.7
