@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS
 
 from octavo_kernels import ops
 
@@ -126,7 +127,7 @@ def dense(inputs) -> torch.Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("case", [*CORRECTNESS, *CORNERS], ids=str)
 def test_native_is_dense_attention(case, instruction_set) -> None:
     inputs = make(case)
@@ -161,7 +162,7 @@ def subset(inputs, sequences: list[int]) -> tuple:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_bits_do_not_depend_on_batch_mates(dtype, instruction_set) -> None:
     inputs = make(Case(MIXED, dim=80, dtype=dtype))
@@ -175,7 +176,7 @@ def test_bits_do_not_depend_on_batch_mates(dtype, instruction_set) -> None:
     assert torch.equal(turned[:64], together[starts[5] : starts[6]])
 
 
-@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("cuts", [(1,), (31, 32, 33), (64,), tuple(range(1, 150)), (100, 149)])
 def test_bits_do_not_depend_on_chunking(cuts, instruction_set) -> None:
     inputs = make(Case(((150, 150),), heads=6, kv_heads=2))
@@ -234,7 +235,7 @@ def hide_behind(inputs, window: int, block_size: int) -> None:
         inputs.block_tables[s, :gone] = -1
 
 
-@pytest.mark.parametrize("implementation", [*ops.instruction_sets(), "reference"])
+@pytest.mark.parametrize("implementation", [*INSTRUCTION_SETS, "reference"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_window_softcap_and_sinks(mask, implementation) -> None:
     window, softcap, sinks = mask
@@ -252,7 +253,7 @@ def test_window_softcap_and_sinks(mask, implementation) -> None:
         torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6)
 
 
-@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_masked_bits_do_not_depend_on_chunks_or_mates(mask, instruction_set) -> None:
     window, softcap, sinks = mask

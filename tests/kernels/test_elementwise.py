@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS
 
 from octavo_kernels import ops
 
@@ -15,7 +16,7 @@ ULP = {torch.float32: 4e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 WIDTHS = [1, 3, 15, 16, 17, 64, 100, 256, 1000, 4096]
 
 
-@pytest.fixture(params=ops.instruction_sets(), autouse=True)
+@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
 def instruction_set(request):
     with ops.forced_instruction_set(request.param):
         yield request.param

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import platform
 import re
 import struct
 import subprocess
@@ -128,6 +129,16 @@ def test_unknown_instruction_set_is_refused() -> None:
         with ops.forced_instruction_set("amx"):
             pass
     assert before == ops.instruction_sets()[0]
+
+
+@native
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not an x86 machine")
+@pytest.mark.parametrize("name", ["avx512", "avx2", "baseline"])
+def test_every_instruction_set_is_compiled(name: str) -> None:
+    """Whatever this host can run: the table of functions that dispatch.cpp chooses from."""
+    module = importlib.import_module("octavo_kernels._core")
+    assert name.encode() + b"\0" in Path(module.__file__).read_bytes()
+    assert set(ops.instruction_sets()) <= {"avx512", "avx2", "baseline"}
 
 
 def test_unknown_implementation_is_refused() -> None:
