@@ -12,7 +12,16 @@ from typing import Any
 
 from octavo.kv_layout import KvGroups, kv_layout
 from octavo.model_shape import ModelShape
-from octavo.plan import DTYPE_BYTES, GIB, MIB, KvShape, kv_bytes_per_block
+from octavo.plan import (
+    DTYPE_BYTES,
+    GIB,
+    GRAPH_BYTES,
+    GRAPH_TOKENS,
+    MIB,
+    KvShape,
+    graph_pool_bytes,
+    kv_bytes_per_block,
+)
 
 # What the driver reports as a device's total, in MiB.
 GPU_MIB = {
@@ -23,8 +32,6 @@ GPU_MIB = {
 
 # The driver's context, loaded kernels, the matrix library's scratch memory.
 WORKSPACE_BYTES = 640 * MIB
-# No device path captures graphs yet.
-GRAPH_BYTES = 0
 # A row of logits: as the matrix product gives it, in float32, and sorted with its indices.
 LOGIT_BYTES = 4 + 4 + 8
 
@@ -83,7 +90,9 @@ def make_ledger(shape: ModelShape, weights_bytes: int, request: Request) -> Ledg
     per_block = kv_bytes_per_block(kv, request.block_size)
     usable = int(request.total_bytes * request.gpu_memory_utilization)
     activations = activation_bytes(shape, request)
-    left = usable - weights_bytes - activations - WORKSPACE_BYTES - GRAPH_BYTES
+    captured = step_bytes(shape, request, min(request.max_num_batched_tokens, GRAPH_TOKENS))
+    graphs = GRAPH_BYTES + graph_pool_bytes(captured)
+    left = usable - weights_bytes - activations - WORKSPACE_BYTES - graphs
     blocks = max(0, left // per_block - 1)  # one is the null block
     planes = layout.layers_per_group * groups.count
     return Ledger(
@@ -92,7 +101,7 @@ def make_ledger(shape: ModelShape, weights_bytes: int, request: Request) -> Ledg
         weights_bytes=weights_bytes,
         activation_bytes=activations,
         workspace_bytes=WORKSPACE_BYTES,
-        graph_bytes=GRAPH_BYTES,
+        graph_bytes=graphs,
         kv_bytes=blocks * per_block,
         bytes_per_block=per_block,
         num_blocks=blocks,
@@ -120,14 +129,18 @@ def longest_length(shape: ModelShape, blocks: int, request: Request) -> int:
 
 
 def activation_bytes(shape: ModelShape, request: Request) -> int:
-    """What a step's largest batch holds at once: residual, one layer's widest part, logits."""
+    """What a step's largest batch holds at once: its tokens' layers, its rows' logits."""
+    tokens = request.max_num_batched_tokens
+    rows = min(request.max_num_seqs, tokens)
+    return step_bytes(shape, request, tokens) + rows * shape.vocab_size * LOGIT_BYTES
+
+
+def step_bytes(shape: ModelShape, request: Request, tokens: int) -> int:
+    """What so many tokens hold at once: residual, one layer's widest part."""
     query = shape.num_heads * shape.head_dim
     attention = 2 * query + 2 * shape.num_kv_heads * shape.head_dim
     widest = max(attention, 3 * shape.intermediate_size)
-    tokens = request.max_num_batched_tokens
-    elements = tokens * (2 * shape.hidden_size + widest)
-    rows = min(request.max_num_seqs, tokens)
-    return elements * DTYPE_BYTES[request.dtype] + rows * shape.vocab_size * LOGIT_BYTES
+    return tokens * (2 * shape.hidden_size + widest) * DTYPE_BYTES[request.dtype]
 
 
 def remedies(
@@ -168,7 +181,7 @@ def as_text(title: str, ledger: Ledger, ways: list[str]) -> str:
         ("weights", ledger.weights_bytes, ""),
         ("activations", ledger.activation_bytes, "at most"),
         ("workspace", ledger.workspace_bytes, "about"),
-        ("graphs", ledger.graph_bytes, "none are captured" if not ledger.graph_bytes else ""),
+        ("graphs", ledger.graph_bytes, "about; none with --enforce-eager"),
         (
             "KV blocks",
             ledger.kv_bytes,

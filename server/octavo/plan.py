@@ -106,6 +106,18 @@ def deviation(planned_bytes: int, taken_bytes: int) -> str | None:
     )
 
 
+# What captured steps take of a GPU for themselves, and the most tokens of one.
+GRAPH_BYTES = 512 * MIB
+GRAPH_TOKENS = 2048
+
+
+def graph_pool_bytes(step_bytes: int) -> int:
+    """What captured steps share for what the largest of them needs in between, `step_bytes`: it
+    does not lie as closely as it is counted.
+    """
+    return step_bytes * 5 // 4
+
+
 def host_pool_bytes(available_bytes: int, utilization: float) -> int:
     """Bytes of host memory for the KV pool, of what is available after the weights are loaded.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from octavo import plan as memory_plan
 from octavo.core.sequence import blocks_for
 from octavo.engine.device import MESSAGE_WORDS, MOST_FETCHED, DeviceSteps
 from octavo.engine.graphs import (
@@ -25,11 +26,6 @@ from octavo.engine.workspace import Workspace
 from octavo.models.decoder import Batch, Decoder
 from octavo_kernels import ops
 
-# What the graphs of all sizes take of the driver's own memory, and what searching for the fastest
-# products does beyond what steps took before.
-GRAPH_BYTES = 512 << 20
-# What a step takes in between does not lie in a graph's memory as closely as it was measured.
-_LOOSE = 1.25
 # Their references look at what is on the device, which the capture of a graph does not allow.
 _NOT_TO_CAPTURE = {"build_inputs", "mixture", "paged_attention", "record_tokens", "sample"}
 
@@ -69,13 +65,13 @@ class Gpu:
         self._lane = CudaLane(device, MESSAGE_WORDS, max_num_seqs * MOST_FETCHED)
         with self._lane.scope(), torch.inference_mode():
             self._space = Workspace(model, layout, block_size, device)
-            self._step_bytes = self._rehearse_chunks()
+            self._pool_bytes = memory_plan.graph_pool_bytes(self._rehearse_chunks())
         torch.cuda.synchronize(device)
 
     @property
     def reserved_bytes(self) -> int:
         """What is not taken yet and must not go to the cache."""
-        return 0 if self._eager else GRAPH_BYTES + self._step_bytes
+        return 0 if self._eager else memory_plan.GRAPH_BYTES + self._pool_bytes
 
     def steps(self, kv_cache: torch.Tensor, eos_token_ids: Sequence[int], seed: int) -> DeviceSteps:
         """Steps over that cache."""
@@ -92,7 +88,7 @@ class Gpu:
 
     def _graphs(self, decodes: Part, chunks: Part) -> tuple[PartRunner, PartRunner]:
         rows, tokens = self._max_num_seqs, self._space.layout.max_tokens
-        memory = GraphMemory(self._step_bytes, self._space.words.device)
+        memory = GraphMemory(self._pool_bytes, self._space.words.device)
         kinds = (
             ("sequences", decodes, graph_sizes(rows), Direct(decodes, rows)),
             ("tokens", chunks, chunk_sizes(tokens), Direct(chunks, 0)),
@@ -120,7 +116,7 @@ class Gpu:
 
     def _rehearse_chunks(self) -> int:
         """Run the largest step to no effect: what it takes in between stays taken, for others.
-        Returns how many bytes graphs need for the same, the largest of them.
+        Returns how many bytes the largest graph takes for the same.
 
         As many whole prompts as there is room for, all in a block 0 that nothing is stored in.
         """
@@ -164,4 +160,4 @@ class Gpu:
         # A plan of nothing makes what plans for graphs share.
         none, start = batch.seq_lens[:0], batch.query_start[:1]
         ops.plan_attention(work, none, 0, query_start=start, tokens=work.max_tokens, for_graph=True)
-        return int(_LOOSE * taken * work.max_tokens / tokens)
+        return taken * work.max_tokens // tokens

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
-# Beyond these, of sequences and of tokens, a step is long enough to hide its launches.
-LARGEST, LARGEST_CHUNKS = 512, 2048
+from octavo.plan import GRAPH_TOKENS
+
+# Beyond this a step of decodes is long enough to hide its launches, as chunks are of GRAPH_TOKENS.
+LARGEST = 512
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def chunk_sizes(max_tokens: int) -> list[int]:
     """From 16, closer than products become slower: every 32 up to 512, every 64 up to 1,024, then
     every 128. Above 256 at most an eighth of a step is padding.
     """
-    most = min(max_tokens, LARGEST_CHUNKS)
+    most = min(max_tokens, GRAPH_TOKENS)
     steps = [16, 32, 48, 64, *range(96, 513, 32), *range(576, 1025, 64), *range(1152, 2049, 128)]
     return [*(size for size in steps if size < most), most]
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 
 from octavo.engine.adjust import MAX_LISTED
-from octavo.engine.graphs import LARGEST_CHUNKS
 from octavo.engine.rows import StateLayout
 from octavo.models.decoder import Attended, Decoder
 from octavo.models.spec import DecoderSpec
+from octavo.plan import GRAPH_TOKENS
 from octavo_kernels import ops, sampling
 from octavo_kernels.batch_state import BatchState, StepBuffers
 from octavo_kernels.record import RECORD_WORDS
@@ -52,7 +52,7 @@ class Workspace:
         self.one_each = torch.arange(layout.max_rows + 1, dtype=torch.int32, device=device)
         dtype = model.parameters["embedding"].dtype
         self.logits = torch.zeros(layout.max_rows, spec.vocab_size, dtype=dtype, device=device)
-        tokens = min(layout.max_tokens, LARGEST_CHUNKS)
+        tokens = min(layout.max_tokens, GRAPH_TOKENS)
         self.attended = _attended(spec, tokens, dtype, device)
         self.drawn = torch.zeros(2, layout.max_rows, dtype=torch.int32, device=device)
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
