@@ -1,6 +1,7 @@
 """Which GPUs and drivers are refused, and in which words; reports as `_cuda` makes them."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ H100 = {
     "runtime_version": 13020, "binary_version": 90, "architectures": "90a-real;80-virtual",
     "error": "",
 }  # fmt: skip
+GPUS = Path(__file__).resolve().parents[2] / "docs/gpus.md"
 NOTHING = {**H100, "name": "", "devices": 0, "capability": 0, "binary_version": 0}
 
 
@@ -70,3 +72,16 @@ def test_the_operation_raises_what_was_refused(monkeypatch) -> None:
     assert cuda_fault(caught.value) is CudaFault.DEVICE
     monkeypatch.setattr(_cuda, "device_report", lambda device: H100)
     assert ops.device_report() == H100
+
+
+def test_the_table_of_gpus_says_which_are_refused() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in GPUS.read_text().splitlines()
+        if re.match(r"\| \d+\.\d \|", line)
+    ]
+    assert len(rows) > 5
+    for capability, name, _, state in rows:
+        report = {**H100, "name": name, "capability": int(capability.replace(".", ""))}
+        assert (refusal(report) is None) == ("refused" not in state), name
+    assert [name for _, name, _, state in rows if state.startswith("run")] == ["H100"]
