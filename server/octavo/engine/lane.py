@@ -135,8 +135,8 @@ class _Arriving:
             if self._lane.lost or time.monotonic() > deadline:
                 self._lane.lost = True
                 raise DeviceError(
-                    f"DeviceFailed: a step has not ended within {STEP_TIMEOUT_S:.0f} s: the GPU hangs or is "
-                    "lost; see the driver's log (dmesg, Xid) and restart the pod"
+                    f"DeviceFailed: a step has not ended within {STEP_TIMEOUT_S:.0f} s: the GPU "
+                    "hangs or is lost; see the driver's log (dmesg, Xid) and restart the pod"
                 )
             time.sleep(_NAP_S)
         numbers: list[int] = self._numbers.tolist()
