@@ -11,7 +11,7 @@ import torch
 from kernel_gemm import Model, model_of
 from kernel_timing import Machine
 
-from octavo_kernels import ops
+from octavo_kernels import cuda_gemm, ops
 
 TOKENS = (1024, 2048, 4096, 8192)
 LAYERS = 8
@@ -30,6 +30,7 @@ def layers(machine: Machine, sweep: bool) -> Iterator[dict[str, object]]:
             "products": products(part, tokens),
             "norms add": norms_add(part, tokens),
             "products add": products_add(part, tokens),
+            "products add and gate": products_gate(part, tokens),
         }
         flop = 2 * tokens * sum(w.numel() for layer in part.layers for w in layer)
         for name, each in in_turns(runs).items():
@@ -79,6 +80,20 @@ def products_add(model: Model, tokens: int) -> Callable[[], None]:
             ops.linear_add(ops.gated_linear(residual, gate_up, "silu", norm=norm), down, residual)
 
     return run
+
+
+def products_gate(model: Model, tokens: int) -> Callable[[], None]:
+    """With the gate in the product too."""
+    run = products_add(model, tokens)
+
+    def gated() -> None:
+        before, cuda_gemm.gated_from = cuda_gemm.gated_from, 1
+        try:
+            run()
+        finally:
+            cuda_gemm.gated_from = before
+
+    return gated
 
 
 def state(model: Model, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

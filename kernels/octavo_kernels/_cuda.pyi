@@ -22,6 +22,20 @@ def skinny_gemm(
     stream: int,
 ) -> None: ...
 def skinny_gemm_serves(rows: int, k: int, norm: bool) -> bool: ...
+def gated_gemm(
+    *,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    w: int,
+    out: int,
+    rows: int,
+    n: int,
+    k: int,
+    function: int,
+    stream: int,
+) -> None: ...
+def gated_gemm_serves(n: int, k: int, function: int, device: int) -> bool: ...
 def lt_version() -> int: ...
 def mixture(
     *,

@@ -4,12 +4,15 @@ more, and for each size that was searched the algorithm of cuBLASLt that was fou
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import torch
 from torch.nn import functional
 
 import octavo_kernels._cuda as _cuda
 from octavo_kernels import cuda_lt
-from octavo_kernels.native import FUNCTIONS, Unfused, address, profile, type_code
+from octavo_kernels.native import FUNCTIONS, Unfused, address, profile, stream_of, type_code
 from octavo_kernels.reference import Function, Norm
 
 # In the order of skinny_gemm.h's Epilogue.
@@ -19,6 +22,8 @@ _ALIGNMENT = 16  # bytes
 _AHEAD_BYTES = 24 * 2**20
 # Bytes of shared memory that a block may take; 0: the kernel's choice. Measurements set it.
 shared_limit = 0
+# From so many rows on, gates are applied by the product itself. Measurements set it.
+gated_from = sys.maxsize
 
 
 def linear(
@@ -53,9 +58,14 @@ def gated_linear(
     norm: Norm | None,
     ahead: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not _skinny_serves(x, weight, bias, norm):
+    many = len(x) >= gated_from and bias is None and norm is None and not profile.deterministic
+    many = many and _aligned(x, weight) and _gated_serves(*weight.shape, function, x.device)
+    if not many and not _skinny_serves(x, weight, bias, norm):
         raise Unfused
     out = x.new_empty((x.shape[0], weight.shape[0] // 2))
+    if many:
+        gated_gemm(x, weight, function, out)
+        return out
     skinny_gemm(x, weight, bias, out, norm=norm, epilogue=_GATED, function=function, ahead=ahead)
     return out
 
@@ -110,6 +120,29 @@ def skinny_gemm(
         shared_limit=shared_limit,
         stream=torch.cuda.current_stream(x.device).cuda_stream,
     )
+
+
+def gated_gemm(
+    x: torch.Tensor, weight: torch.Tensor, function: Function, out: torch.Tensor
+) -> None:
+    """One launch of the kernel, see `gated_gemm.h`."""
+    _cuda.gated_gemm(
+        dtype=type_code("gated_gemm", x),
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        w=weight.data_ptr(),
+        out=out.data_ptr(),
+        rows=x.shape[0],
+        n=weight.shape[0],
+        k=x.shape[1],
+        function=FUNCTIONS.index(function),
+        stream=stream_of(x),
+    )
+
+
+@functools.cache
+def _gated_serves(n: int, k: int, function: Function, device: torch.device) -> bool:
+    return _cuda.gated_gemm_serves(n, k, FUNCTIONS.index(function), device.index or 0)
 
 
 def takes_few_rows(rows: int, k: int) -> bool:

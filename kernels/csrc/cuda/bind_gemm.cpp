@@ -1,3 +1,4 @@
+#include "cuda/gated_gemm.h"
 #include "cuda/skinny_gemm.h"
 
 #include <pybind11/pybind11.h>
@@ -38,6 +39,17 @@ void skinny(int dtype, Address x, int64_t x_stride, Address norm_weight, float n
   skinny_gemm(gemm, on(stream));
 }
 
+void gated(int dtype, Address x, int64_t x_stride, Address w, Address out, int64_t rows, int64_t n,
+           int64_t k, int function, Address stream) {
+  gated_gemm({DType(dtype), pointer(x), x_stride, pointer(w), reinterpret_cast<void*>(out), rows, n,
+              k, Function(function)},
+             on(stream));
+}
+
+bool gated_serves(int64_t n, int64_t k, int function, int device) {
+  return gated_gemm_serves(n, k, Function(function), device);
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& m) {
@@ -48,6 +60,10 @@ void bind_gemm(py::module_& m) {
         "epilogue"_a, "function"_a, "ahead"_a, "ahead_bytes"_a, "shared_limit"_a, "stream"_a);
   m.def("skinny_gemm_serves", &skinny_gemm_serves, "rows"_a, "k"_a, "norm"_a,
         "Whether there is a kernel for these sizes.");
+  m.def("gated_gemm", &gated, named, "dtype"_a, "x"_a, "x_stride"_a, "w"_a, "out"_a, "rows"_a,
+        "n"_a, "k"_a, "function"_a, "stream"_a);
+  m.def("gated_gemm_serves", &gated_serves, "n"_a, "k"_a, "function"_a, "device"_a,
+        "Whether there is a kernel for these sizes on the device.");
 }
 
 }  // namespace octavo::cuda
