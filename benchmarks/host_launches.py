@@ -93,7 +93,7 @@ def pretend() -> Launches:
     python: Any = torch._C
     python._cuda_getCurrentRawStream = lambda _device: 0
     products: Any = cuda_lt
-    products._algorithm = lambda _size: b""
+    products.algorithm_of = lambda _size: b""
     return launches
 
 
