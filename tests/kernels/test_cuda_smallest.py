@@ -3,6 +3,7 @@
 Sizes are the least at which a kernel does all it can: more than one tile, chunk, stage and part.
 """
 
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import test_batch_state as batch
 import test_cuda_decode as decode
 import test_cuda_elementwise as elementwise
+import test_cuda_gated_gemm as gated
 import test_cuda_gemm as gemm
 import test_cuda_moe as moe
 import test_cuda_prefill as prefill
@@ -66,6 +68,13 @@ def experts(dtype: torch.dtype, tokens: int) -> None:
     moe.check(x, logits, size)
 
 
+def gated_products(dtype: torch.dtype) -> None:
+    """More than one tile of rows, of columns and of what is summed."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gated.cuda_gemm, "gated_from", 1)
+        gated.test_gated_products(384, 320, 257, dtype)
+
+
 def draw(dtype: torch.dtype) -> None:
     sampling.test_the_tokens_are_the_reference_s(9001, 2.0, dtype, 5)
     sampling.test_token_logprobs(5003, 1.0, dtype, 3)
@@ -79,6 +88,7 @@ def state_of_the_batch() -> None:
 
 
 def case(name: str, function: Callable[..., None], *args, **named):
+    inspect.signature(function).bind(*args, **named)  # where there is no GPU too
     return pytest.param(lambda: function(*args, **named), id=name)
 
 
@@ -96,6 +106,7 @@ def cases_of(dtype: torch.dtype) -> list:
     if prefill.HOPPER:
         made += [case(f"{name} warpgroups {dim}", attend_chunks, dim, dtype, warpgroups=True)
                  for dim in (64, 128)]  # fmt: skip
+        made.append(case(f"{name} gated products", gated_products, dtype))
     made += [
         case(f"{name} product {n} {k} {rows}", gemm.test_linear, n, k, rows, dtype)
         for n, k, rows in ((1, 8, 1), (9, 40, 7), (100, 1000, 8), (100, 1000, 16), (40, 14336, 9))
@@ -144,14 +155,7 @@ def test_smallest(run) -> None:
 @pytest.mark.filterwarnings("ignore")  # the tracer's, of itself
 def test_that_is_every_kernel() -> None:
     """Those whose names the GPU's tracer saw are those of the sources."""
-    wanted = {
-        name
-        for path in [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]
-        for name in re.findall(
-            r"__global__\s+void(?:\s+__launch_bounds__\([^)]*\))?\s+(\w+)\(", path.read_text()
-        )
-    } - {"probe"}  # it is loaded and never run
-    assert len(wanted) > 20
+    wanted = kernels_of_the_sources()
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as seen, ops.forced("cuda"):
         for made in CASES:
@@ -161,3 +165,16 @@ def test_that_is_every_kernel() -> None:
     print(f"{len(kernels)} kernels of {len(wanted)} templates ran")
     ran = {word for name in kernels for word in re.findall(r"\w+", name)}
     assert not prefill.HOPPER or wanted - ran == set()
+
+
+def kernels_of_the_sources() -> set[str]:
+    """By the name that stands before the first parameter; a probe is loaded and never run."""
+    found = []
+    for path in [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]:
+        text = path.read_text()
+        bounds = r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)"
+        of_file = re.findall(rf"__global__\s+void\s+(?:\w+\s+)?(?:{bounds}\s+)?(\w+)\(", text)
+        assert len(of_file) == text.count("__global__"), path.name
+        found += of_file
+    assert len(found) > 25
+    return set(found) - {"probe"}
