@@ -1,6 +1,5 @@
-// A few neighbouring lanes of a warp hold a head, 16 bytes each. An element turns with a partner
-// half the rotary part away; that partner's lane reads it for itself, so each lane reads its own
-// 16 bytes and its partner's (from L1) and no lane waits for another.
+// A few neighbouring lanes of a warp hold a head, twice 16 bytes each. An element turns with a
+// partner half the rotary part away: the lane that has the one has the other, by the same angles.
 #include "cuda/heads.h"
 
 #include "cuda/launch.h"
@@ -51,11 +50,12 @@ __device__ __forceinline__ void read_floats(const float* from, float* to) {
   }
 }
 
-// `row` is the table's row of the position; interleaved pairs need half as many.
+// `row` is the table's row of the position, `at` a lane's first elements; interleaved pairs need
+// half as many.
 template <bool interleaved>
 __device__ __forceinline__ Angles read_angles(const float* row, int at, int half) {
   Angles angles;
-  const int first = interleaved ? at / 2 : at < half ? at : at - half;
+  const int first = interleaved ? at / 2 : at;
   read_floats<interleaved ? kPack / 2 : kPack>(row + first, angles.cos);
   read_floats<interleaved ? kPack / 2 : kPack>(row + half + first, angles.sin);
   return angles;
@@ -69,14 +69,12 @@ __device__ __forceinline__ float sum(float b, float cos, float a, float sin) {
   return __fadd_rn(__fmul_rn(b, cos), __fmul_rn(a, sin));
 }
 
-// `partner` are the elements half the rotary part away: behind, where these are the low ones.
-__device__ __forceinline__ void turn(Values& values, const Values& partner, const Angles& angles,
-                                     bool low) {
+__device__ __forceinline__ void turn(Values& low, Values& high, const Angles& angles) {
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
-    const float mine = values.at[i], other = partner.at[i];
-    values.at[i] = low ? difference(mine, angles.cos[i], other, angles.sin[i])
-                       : sum(mine, angles.cos[i], other, angles.sin[i]);
+    const float a = low.at[i], b = high.at[i];
+    low.at[i] = difference(a, angles.cos[i], b, angles.sin[i]);
+    high.at[i] = sum(b, angles.cos[i], a, angles.sin[i]);
   }
 }
 
@@ -114,6 +112,22 @@ __device__ __forceinline__ const float* table_row(const Heads& args, int64_t tok
   return args.cos_sin + position * args.rotary;
 }
 
+// Where a lane's two packs of a head begin. Partners come first, then what does not turn.
+struct Places {
+  int first, second;
+
+  __device__ Places(int lane, const Heads& args, bool interleaved) {
+    const int pairs = interleaved ? 0 : args.rotary / (2 * kPack);
+    if (lane < pairs) {
+      first = lane * kPack;
+      second = first + args.rotary / 2;
+    } else {
+      first = 2 * lane * kPack;  // behind `pairs` lanes are twice as many packs
+      second = first + kPack;
+    }
+  }
+};
+
 template <typename T, int kLanes, bool interleaved>
 __global__ void __launch_bounds__(kThreads) store_heads(const Heads args, int heads_of_token) {
   wait_for_previous();
@@ -121,41 +135,49 @@ __global__ void __launch_bounds__(kThreads) store_heads(const Heads args, int he
   const unsigned number = (blockIdx.x * kThreads + threadIdx.x) / kLanes;
   const int64_t token = number / heads_of_token;
   int head = int(number % heads_of_token);
-  const int at = threadIdx.x % kLanes * kPack;
-  // Lanes without elements go on with the others, whose shuffles and barrier name the whole warp.
-  const bool live = token < args.tokens && at < args.dim;
+  const Places at(threadIdx.x % kLanes, args, interleaved);
+  // Lanes without elements go on with the others, whose shuffles name the whole warp.
+  const bool live = token < args.tokens && at.first < args.dim;
+  const bool both = live && at.second < args.dim;
   const HeadGroup& group = args.groups[live ? find_group(args, head) : 0];
   const T* const from = static_cast<const T*>(group.from) + token * group.from_stride +
                         int64_t(head) * args.dim;
   const int half = args.rotary / 2;
-  const bool turns = live && group.rotated && at < args.rotary;
-  const bool pairs = turns && !interleaved, low = at < half;
-  const int partner_at = low ? at + half : at - half;
+  const bool turns = live && group.rotated && at.first < args.rotary;
+  const bool second_turns = interleaved && turns && at.second < args.rotary;
 
   // Everything is asked for before anything is used: the ways to memory overlap.
-  Values values{}, partner{};
-  Angles angles{};
-  if (live) values = widened(load_pack(from + at));
-  if (pairs) partner = widened(load_pack(from + partner_at));
+  Values first{}, second{};
+  Angles angles{}, second_angles{};
+  if (live) first = widened(load_pack(from + at.first));
+  if (both) second = widened(load_pack(from + at.second));
   const int64_t row = live ? row_of(args, group, token) : -1;
-  if (turns) angles = read_angles<interleaved>(table_row(args, token), at, half);
+  if (turns) {
+    const float* const of_position = table_row(args, token);
+    angles = read_angles<interleaved>(of_position, at.first, half);
+    if (second_turns) second_angles = read_angles<interleaved>(of_position, at.second, half);
+  }
 
+  const T* const weight = static_cast<const T*>(group.weight);
   float squares = 0;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) squares += values.at[i] * values.at[i];
-  const float inverse = rsqrtf(sum_lanes<kLanes>(squares) / float(args.dim) + args.eps);
-  if (live && group.weight != nullptr) {
-    const T* const weight = static_cast<const T*>(group.weight);
-    apply_norm(values, weight + at, inverse, args.offset);
-    if (pairs) apply_norm(partner, weight + partner_at, inverse, args.offset);
+  for (int i = 0; i < kPack; ++i) {
+    squares += first.at[i] * first.at[i] + second.at[i] * second.at[i];
   }
-  if (turns && interleaved) turn_interleaved(values, angles);
-  if (pairs) turn(values, partner, angles, low);
+  const float inverse = rsqrtf(sum_lanes<kLanes>(squares) / float(args.dim) + args.eps);
+  if (live && weight != nullptr) apply_norm(first, weight + at.first, inverse, args.offset);
+  if (both && weight != nullptr) apply_norm(second, weight + at.second, inverse, args.offset);
+  if constexpr (interleaved) {
+    if (turns) turn_interleaved(first, angles);
+    if (second_turns) turn_interleaved(second, second_angles);
+  } else {
+    if (turns) turn(first, second, angles);
+  }
 
-  __syncwarp();  // in place: a partner must have been read before it is overwritten
   if (row < 0) return;
   T* const to = static_cast<T*>(group.to) + row * group.to_stride + head * args.dim;
-  store_narrowed(to + at, values.at);
+  store_narrowed(to + at.first, first.at);
+  if (both) store_narrowed(to + at.second, second.at);
 }
 
 template <typename T, int kLanes>
@@ -189,9 +211,9 @@ void heads(const Heads& args, cudaStream_t stream) {
   check_shape(args);
   with_half(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (args.dim <= 8 * kPack) return launch_heads<T, 8>(args, stream);
-    if (args.dim <= 16 * kPack) return launch_heads<T, 16>(args, stream);
-    launch_heads<T, 32>(args, stream);
+    if (args.dim <= 8 * kPack) return launch_heads<T, 4>(args, stream);
+    if (args.dim <= 16 * kPack) return launch_heads<T, 8>(args, stream);
+    launch_heads<T, 16>(args, stream);
   });
 }
 
