@@ -111,6 +111,8 @@ class CudaLane:
         slot = self._num_fetched % 2
         self._num_fetched += 1
         here = self._arrivals[slot][: len(numbers)]
+        # Made for this fetch alone, its memory goes to the next step before the copy has read it.
+        numbers.record_stream(self._back)
         self._computed.record(self.stream)
         self._back.wait_event(self._computed)
         with torch.cuda.stream(self._back):
