@@ -479,6 +479,13 @@ def cache_folder() -> Path | None:
         return None
 
 
+def keep_tokenizer_single_threaded() -> None:
+    """Unless the user says otherwise: texts come one at a time, and a pool as large as the machine
+    would only take turns with the engine. Works at any time.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def limit_threads(num_threads: int) -> None:
     """Bound the numeric libraries' threads; works only before they are imported.
 

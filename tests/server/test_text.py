@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from functools import cache
 from pathlib import Path
 
@@ -83,6 +85,28 @@ def test_user_text_never_becomes_a_control_token(parts: list[str]) -> None:
     assert controls == [i for i in plain if i in side.tokenizer.control_ids]
     # And nothing is lost: as text, the content is what the user wrote.
     assert f"user\n{content}\n" in side.tokenizer.decode(ids)
+
+
+def test_encoding_a_long_text_leaves_the_interpreter_to_others(side: TextSide) -> None:
+    text = "one two three " * 40_000
+    begun, ended = threading.Event(), threading.Event()
+
+    def encode() -> None:
+        begun.set()
+        side.tokenizer.encode(text)
+        ended.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    begun.wait()
+    turns, begin = 0, time.perf_counter()
+    while not ended.is_set():
+        time.sleep(0.001)
+        turns += 1
+    taken = time.perf_counter() - begin
+    thread.join()
+    # A lock that is held all the while would leave one turn.
+    assert turns > 5, f"{turns} turns in {taken:.3f} s"
 
 
 def test_the_same_spelling_in_a_raw_prompt_is_a_control_token(side: TextSide) -> None:

@@ -56,6 +56,8 @@ _SAMPLING = (
 # Names that a template gets from the server itself.
 _TEMPLATE_RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_INTEGERS = frozenset({int})  # the type itself: True is none
+_CONTAINERS = (dict, list)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -253,18 +255,19 @@ class CompletionBody(SamplingBody, kw_only=True):
         prompt = self.prompt
         single = isinstance(prompt, str) or (_is_ids(prompt) and len(prompt) > 0)
         prompts = [prompt] if single else prompt
+        # The number first: it bounds what the rest looks at.
+        if isinstance(prompts, list) and not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise ApiError(
+                400,
+                f"prompt must hold 1..{MAX_PROMPTS} prompts, got {len(prompts)}",
+                param="prompt",
+            )
         if not isinstance(prompts, list) or not all(
             isinstance(p, str) or _is_ids(p) for p in prompts
         ):
             raise ApiError(
                 400,
                 "prompt must be a text, a list of texts, a list of token ids or a list of these",
-                param="prompt",
-            )
-        if not 1 <= len(prompts) <= MAX_PROMPTS:
-            raise ApiError(
-                400,
-                f"prompt must hold 1..{MAX_PROMPTS} prompts, got {len(prompts)}",
                 param="prompt",
             )
         return prompts
@@ -281,6 +284,12 @@ def decode_chat(raw: bytes) -> ChatBody:
 def decode_completion(raw: bytes) -> CompletionBody:
     """Read a completion request or raise a 400 that names the field."""
     return _decode(raw, CompletionBody, _UNSUPPORTED_COMPLETION)
+
+
+def decode_prompts(raw: bytes) -> tuple[CompletionBody, list[str | list[int]]]:
+    """Read a completion request and its prompts, in one go: either may be large."""
+    body = decode_completion(raw)
+    return body, body.prompts()
 
 
 def _decode(raw: bytes, body: type[Body], unsupported: Mapping[str, tuple[object, ...]]) -> Body:
@@ -330,7 +339,7 @@ def _check_depth(value: object) -> None:
             child
             for parent in level
             for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, dict | list)
+            if isinstance(child, _CONTAINERS)
         ]
         if not level:
             return
@@ -356,7 +365,7 @@ def _wrong_type(error: msgspec.ValidationError) -> ApiError:
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(i) is int for i in value)
+    return isinstance(value, list) and set(map(type, value)) <= _INTEGERS
 
 
 def _message(message: ChatMessage, where: str) -> Message:

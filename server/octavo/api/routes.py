@@ -17,7 +17,7 @@ from octavo.api.lifecycle import State
 from octavo.api.load_report import failure_report, load_report, progress_report
 from octavo.api.logprobs import LogprobsWriter
 from octavo.api.request_id import RequestIdMiddleware
-from octavo.api.requests import SamplingBody, StreamOptions, decode_chat, decode_completion
+from octavo.api.requests import SamplingBody, StreamOptions, decode_chat, decode_prompts
 from octavo.api.serving import Serving
 from octavo.api.sse import ChatForm, CompletionForm
 from octavo.metrics import CONTENT_TYPE
@@ -74,9 +74,9 @@ def _add_openai(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> Response:
         serving.require_serving()
-        body = await read_body(request, decode_completion)
+        body, prompts = await read_body(request, decode_prompts)
         model = serving.model_name(body.model)
-        generation = await serving.start_completion(body, body.prompts())
+        generation = await serving.start_completion(body, prompts)
         return await _answer(request, body, generation, CompletionForm, model, serving.logprobs)
 
     @app.get("/v1/models", response_model=None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from octavo.api.lifecycle import State
 from octavo.api.limits import KEEP_ALIVE_S, MAX_HEADER_BYTES
 from octavo.api.routes import build_app
 from octavo.api.serving import Serving
-from octavo.config import ServeConfig, model_source
+from octavo.config import ServeConfig, keep_tokenizer_single_threaded, model_source
 from octavo.errors import ConfigError, ExitCode, OctavoError
 from octavo.text.loader import load_text_side
 from octavo.wire import Failed, Load, Located, Outputs, Progress, Ready
@@ -39,6 +41,9 @@ ENGINE_STOP_S = 5.0
 LAST_RESPONSES_S = 5.0
 # A unix socket's path has at most 107 bytes.
 MAX_FOLDER_CHARS = 80
+# Each write of a stream gives the interpreter's lock away, and a thread that reads a long request
+# would keep it for the default of 5 ms: for each write of each stream.
+SWITCH_INTERVAL_S = 0.0005
 
 
 def serve(config: ServeConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -46,6 +51,8 @@ def serve(config: ServeConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    keep_tokenizer_single_threaded()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     listener = _listen(config.host, config.port)
     with contextlib.closing(listener), _socket_folder() as folder:
         return asyncio.run(_Supervisor(config, folder, engine_command, listener).run())
@@ -166,7 +173,7 @@ class _Supervisor:
                 await self._process.end(patience=0)
         else:
             self._life.on_text_ready()
-            self._log_if_ready()
+            self._settle_if_ready()
 
     async def _watch_start(self) -> None:
         limit = self._config.startup_stall_timeout
@@ -181,9 +188,12 @@ class _Supervisor:
                 return
             await asyncio.sleep(min(STALL_POLL_S, limit / 4))
 
-    def _log_if_ready(self) -> None:
+    def _settle_if_ready(self) -> None:
         engine = self._life.engine
         if self._life.state is State.READY and engine is not None:
+            # What lives now lives to the end: keep the collector from walking it again and again.
+            gc.collect()
+            gc.freeze()
             log.info(
                 "ready: %s on %s (%s), %d KV blocks of %d tokens, context %d tokens",
                 self._config.served_model_names[0],
@@ -210,7 +220,7 @@ class _Supervisor:
                     self._spawn(self._load_text(message.folder))
                 case Ready():
                     self._life.on_ready(message)
-                    self._log_if_ready()
+                    self._settle_if_ready()
                 case Failed():
                     self._fail(message)
 

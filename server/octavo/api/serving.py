@@ -140,8 +140,10 @@ class Serving:
         self._enter(count, engine)
         try:
             loop = asyncio.get_running_loop()
-            encoded = await loop.run_in_executor(self._encoding, encode)
-            prompts = [_prompt(ids, body, engine, text, field) for ids in encoded]
+            prompts = await loop.run_in_executor(
+                self._encoding,
+                lambda: [_prompt(ids, body, engine, text, field) for ids in encode()],
+            )
             each = [prompt for prompt in prompts for _ in range(samples)]
             choices = [Choice(i, p, text.tokenizer) for i, p in enumerate(each)]
         except BaseException:
@@ -254,8 +256,8 @@ def _check_ids(ids: list[int], engine: Ready, field: str) -> None:
             f"together; shorten the prompt to at most {context - 1} tokens",
             param=field,
         )
-    wrong = next((i for i in ids if not 0 <= i < engine.vocab_size), None)
-    if wrong is not None:
+    if min(ids) < 0 or max(ids) >= engine.vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < engine.vocab_size)
         raise ApiError(
             400,
             f"{field} holds token id {wrong}; valid ids are 0..{engine.vocab_size - 1}",
