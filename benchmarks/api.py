@@ -129,7 +129,7 @@ def stalls() -> Part:
     engine = ["--max-num-seqs", str(FEW + 8), "--step-ms", str(STEADY), "--context", "40000"]
     with tempfile.TemporaryDirectory() as folder, running(Path(folder), engine=engine) as server:
         target = Target(server.url, server.http.get("/v1/models").json()["data"][0]["id"])
-        requests = [Request([20 + i, 21, 22], TOKENS) for i in range(FEW)]
+        requests = [Request([20 + i, 21, 22], TOKENS // 2) for i in range(FEW)]
         for name, what in {"nobody": None, **disturbances()}.items():
             with disturbed(server.url, *what) if what else contextlib.nullcontext():
                 row = run_load(target, requests, float("inf"))
