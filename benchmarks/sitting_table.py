@@ -192,7 +192,7 @@ def _others(rows: Rows) -> str:
 
 def _failures(rows: Rows) -> str:
     return "\n".join(
-        f"- **{row['metric']}** {row['part']}: {str(row.get('why'))[:300]}"
+        f"- **{row['metric']}** {row['part']}: {' '.join(str(row.get('why')).split())[-300:]}"
         for row in rows
         if row["metric"] in ("failed", "skipped")
     )
