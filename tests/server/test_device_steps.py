@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from requests_of_all_kinds import BLOCK, BUDGET, MAX_SEQS, requests, run
 
+from octavo import wire
 from octavo.core.step import ScheduledSequence, StepPlan
 from octavo.engine.device import DeviceSteps
 from octavo.engine.graphs import CudaGraphs, Part, chunk_sizes, graph_sizes
@@ -178,6 +179,18 @@ def test_who_is_interrupted_can_go_on_with_other_requests(checkpoint, monkeypatc
     asked = requests(2, 14)
     got, _ = run(runner, asked, 40, 2)
     same(run(plain_runner(checkpoint, 40), asked, 40, 1)[0], got)
+
+
+def test_a_scheduler_does_not_get_what_another_left_behind(checkpoint) -> None:
+    """Both number their sequences from 0, as a warm-up's does and that of the first request."""
+    runner, *_ = device_runner(checkpoint, 40)
+    plain = SamplingParams(max_tokens=4, ignore_eos=True)
+    run(runner, [wire.AddRequest("a", [5, 6, 7], plain)], 40, 2)
+    asked = SamplingParams(max_tokens=6, ignore_eos=True, allowed_token_ids=(3, 4, 5))
+    got, _ = run(runner, [wire.AddRequest("b", [5, 6, 7], asked)], 40, 2)
+    tokens, _, ends = got["b", 0]
+    assert (len(tokens), ends) == (6, ["length"])
+    assert set(tokens) <= {3, 4, 5}
 
 
 def test_prompts_of_one_token_have_log_probabilities(checkpoint) -> None:

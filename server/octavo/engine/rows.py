@@ -205,8 +205,10 @@ class RowTable:
             if not self._free:
                 raise RuntimeError(f"more than {self._layout.max_rows} sequences in one step")
             row = self._rows[share.seq_id] = _Row(self._free.pop(), [])
-            if adjusts(share.params) and not drawn_by_host(share.params):
-                self._fresh.append((row.index, share))
+        # Another scheduler, as that of a warm-up, may have left a sequence of the same number.
+        known = row.drawn_as is not None and row.drawn_as[0] is share.params
+        if not known and adjusts(share.params) and not drawn_by_host(share.params):
+            self._fresh.append((row.index, share))
         if pending and not drew.get(share.seq_id, False):
             raise RuntimeError(
                 f"sequence {share.seq_id} waits for a token that the plan before does not draw"
