@@ -89,7 +89,13 @@ def state_of_the_batch() -> None:
 
 def case(name: str, function: Callable[..., None], *args, **named):
     inspect.signature(function).bind(*args, **named)  # where there is no GPU too
-    return pytest.param(lambda: function(*args, **named), id=name)
+
+    def run() -> None:
+        ops.calls.clear()  # some count them
+        with ops.forced("cuda"):
+            function(*args, **named)
+
+    return pytest.param(run, id=name)
 
 
 def cases_of(dtype: torch.dtype) -> list:
@@ -147,8 +153,7 @@ CASES = [
 @pytest.mark.smallest
 @pytest.mark.parametrize("run", CASES)
 def test_smallest(run) -> None:
-    with ops.forced("cuda"):
-        run()
+    run()
 
 
 @pytest.mark.skipif("OCTAVO_TEST_SHARD" in os.environ, reason="compute-sanitizer bears no tracer")
@@ -157,7 +162,7 @@ def test_that_is_every_kernel() -> None:
     """Those whose names the GPU's tracer saw are those of the sources."""
     wanted = kernels_of_the_sources()
     activity = torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=[activity]) as seen, ops.forced("cuda"):
+    with torch.profiler.profile(activities=[activity]) as seen:
         for made in CASES:
             made.values[0]()
         torch.cuda.synchronize()
