@@ -30,7 +30,8 @@ DENSE = ("tiny", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "phi3", "cohere
 MIXTURES = ("qwen3_moe", "gpt_oss", "mixtral")
 VOCAB = tiny_models.VOCAB
 COUNT = 40
-# In spreads of a position's logits: what bfloat16 may move the difference of two by.
+# In spreads of a position's logits: what bfloat16 may move the difference of two by, but for one
+# token in a hundred, which it may move by twice that. A wrong token is behind by some spreads.
 AS_GOOD_AS_EQUAL = 0.1
 BEAMS = {"use_beam_search": True, "temperature": 0, "n": 2, "best_of": 4}
 
@@ -133,7 +134,11 @@ def check_greedy(name: str, model, got: list[list[int]]) -> None:
     found = torch.cat([gaps(model, p, t) for p, t in zip(prompts(), got, strict=True)])
     far = float((found >= AS_GOOD_AS_EQUAL).float().mean())
     print(f"{name}: largest gap {float(found.max()):.3f} spreads, {far:.1%} beyond the limit")
-    assert far <= (0.1 if name in MIXTURES else 0)
+    if "moe" in name or name in MIXTURES:
+        assert far <= 0.1
+    else:
+        assert far <= 0.01
+        assert found.max() < 2 * AS_GOOD_AS_EQUAL
 
 
 def graphs_of(loop):
@@ -158,6 +163,12 @@ def test_greedy_tokens_are_transformers_and_all_kernels_are_ours(models, name) -
     assert graphs_of(loop)
     check_greedy(name, model, got)
     assert greedy(exactly(folder)) == greedy(exactly(folder, enforce_eager=True))
+
+
+@pytest.mark.parametrize("name", sorted({*tiny_models.TINY} - {*DENSE, *MIXTURES}))
+def test_every_family_s_tokens_are_transformers(models, name) -> None:
+    folder, model = models(name)
+    check_greedy(name, model, greedy(engine(folder)))
 
 
 # Block size, blocks, tokens a step, sequences.
