@@ -25,10 +25,14 @@ __device__ __forceinline__ uint64_t mix(uint64_t value) {
   return value ^ (value >> 31);
 }
 
-// Gumbel noise from a hashed word, operation by operation as the reference has it.
-__device__ __forceinline__ double gumbel(uint64_t word) {
-  const double uniform = __dmul_rn(__dadd_rn(double(word >> 11), 0.5), 0x1p-53);
-  return -log(-log(uniform));
+// Gumbel noise, -log(-log(u)), of the uniform number u that the reference makes of a hashed word.
+// In float32, for a logarithm in double takes as long as a read of memory; near 1 it is made of what
+// u lacks, so that it is right to some 2^-23 everywhere.
+__device__ __forceinline__ float gumbel(uint64_t word) {
+  const uint64_t bits = word >> 11, lacking = (uint64_t(1) << 53) - 1 - bits;
+  const bool upper = lacking < bits;
+  const float nearer = (float(upper ? lacking : bits) + 0.5f) * 0x1p-53f;
+  return -logf(upper ? -log1pf(-nearer) : -logf(nearer));
 }
 
 struct Best {
@@ -86,10 +90,10 @@ struct Order {
 // Draws of one row: what its noise and its temperature are.
 struct Draw {
   uint64_t key;
-  double temperature;
+  double temperature, inverse;  // 1 / temperature
 
   __device__ double score(float x, int id) const {
-    return double(x) / temperature + gumbel(mix(key + uint64_t(id)));
+    return double(x) * inverse + gumbel(mix(key + uint64_t(id)));
   }
 
   // Of a segment that has exp(log_mass) before the softmax is normed.

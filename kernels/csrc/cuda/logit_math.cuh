@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace octavo::cuda {
 
@@ -43,6 +44,21 @@ __device__ __forceinline__ uint4 load_vector(const void* address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
+}
+
+// Loads where it stands. The compiler would rather wait until it knows that a value is wanted, and
+// one such wait after the other is what small kernels' time is made of.
+template <typename T>
+__device__ __forceinline__ T load_now(const T* address) {
+  T value;
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(value) : "l"(address));
+  } else if constexpr (std::is_same_v<T, float>) {
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address));
+  } else {
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(address));
+  }
+  return value;
 }
 
 // Two numbers of a half-width type in one register, the lower half first.

@@ -169,6 +169,19 @@ struct Row {
     }
   }
 
+  // Token by token the larger of the two, NaN if one is.
+  static __device__ __forceinline__ Group<T> larger(const Group<T>& a, const Group<T>& b) {
+    Group<T> most;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) most.values[i] = max_or_nan(a.values[i], b.values[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroup / 2; ++i) most.pairs[i] = Pair<T>::larger(a.pairs[i], b.pairs[i]);
+    }
+    return most;
+  }
+
   // Before the scale; NaN if one is.
   static __device__ __forceinline__ float largest(const Group<T>& group) {
     if constexpr (sizeof(T) == 2) {

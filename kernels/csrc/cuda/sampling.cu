@@ -20,7 +20,7 @@ constexpr int kUnitsOfPart = 4;  // at most
 static_assert(kUnitsOfPart <= kMostUnits);
 // The second kernel's blocks, one a multiprocessor; each takes up to kTeams rows at once.
 constexpr int kFinishBlocks = 128;
-constexpr int kTeams = kSelectThreads / kSegment;
+constexpr int kTeams = kSelectThreads / kSegment, kTeamWarps = kSegment / 32;
 // As octavo.engine.sampler: below it a division would only amplify rounding.
 constexpr float kGreedyBelow = 1e-5f;
 
@@ -36,27 +36,39 @@ struct Problem {
   int num_parts, units_of_part;
 };
 
+// What is asked of a row.
+struct Request {
+  int slot, pool_row;  // -1: none
+  Mode mode;
+  int top_k;
+  float top_p, min_p;
+  Draw draw;
+};
+
 __device__ int slot_of(const Sampling& sampling, int r) {
-  return sampling.slots == nullptr ? r : sampling.slots[r];
+  return sampling.slots == nullptr ? r : load_now(sampling.slots + r);
 }
 
-__device__ Mode mode_of(const Sampling& sampling, int slot, int vocab) {
-  if (slot < 0) return Mode::kPadding;
-  if (sampling.temperature[slot] < kGreedyBelow) return Mode::kGreedy;
-  const int k = sampling.top_k[slot];
-  const bool narrows = sampling.min_p[slot] > 0.0f || (k > 0 && k < vocab) ||
-                       sampling.top_p[slot] < 1.0f;
+__device__ Mode mode_of(float temperature, int top_k, float top_p, float min_p, int vocab) {
+  if (temperature < kGreedyBelow) return Mode::kGreedy;
+  const bool narrows = min_p > 0.0f || (top_k > 0 && top_k < vocab) || top_p < 1.0f;
   return narrows ? Mode::kNarrowed : Mode::kPlain;
 }
 
-__device__ Draw draw_of(const Sampling& sampling, int slot) {
-  const uint64_t count = uint64_t(sampling.count[slot]) + 1;
-  return {mix(uint64_t(sampling.stream[slot]) ^ count), double(sampling.temperature[slot])};
-}
-
-// The row's adjustments in the pool, or -1.
-__device__ int pool_row_of(const Sampling& sampling, int slot) {
-  return sampling.adjusted == nullptr || slot < 0 ? -1 : sampling.adjusted[slot];
+// All of it is on its way before any of it is looked at.
+__device__ Request request_of(const Sampling& s, int slot, int vocab) {
+  Request request{slot, -1, Mode::kPadding, 0, 0.0f, 0.0f, {}};
+  if (slot < 0) return request;
+  if (s.adjusted != nullptr) request.pool_row = load_now(s.adjusted + slot);
+  const float temperature = load_now(s.temperature + slot);
+  const int64_t stream = load_now(s.stream + slot), count = load_now(s.count + slot);
+  request.top_k = load_now(s.top_k + slot);
+  request.top_p = load_now(s.top_p + slot);
+  request.min_p = load_now(s.min_p + slot);
+  request.mode = mode_of(temperature, request.top_k, request.top_p, request.min_p, vocab);
+  request.draw = {mix(uint64_t(stream) ^ (uint64_t(count) + 1)), double(temperature),
+                  1.0 / double(temperature)};
+  return request;
 }
 
 template <typename T>
@@ -73,61 +85,43 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 4 ? 4 : 7)
   // On its way while it is looked up what is to be done with the row.
   const Unit<T> first = scan.load(begin);
   const Sampling& s = p.sampling;
-  const int slot = slot_of(s, r), pool_row = pool_row_of(s, slot);
-  const Mode mode = mode_of(s, slot, p.logits.vocab);
-  if (mode == Mode::kPadding) return;
-  if (pool_row >= 0) {
-    if (threadIdx.x == 0) adjustment = adjustment_of(s.adjustments, pool_row, s.count[slot]);
+  const Request request = request_of(s, slot_of(s, r), p.logits.vocab);
+  if (request.mode == Mode::kPadding) return;
+  if (request.pool_row >= 0) {
+    if (threadIdx.x == 0) {
+      adjustment = adjustment_of(s.adjustments, request.pool_row, s.count[request.slot]);
+    }
     __syncthreads();
     row.adjust(&adjustment);
   }
   if (part >= p.num_parts) return;
-  const Part own = mode == Mode::kPlain ? scan.drawn(draw_of(s, slot), first) : scan.largest(first);
+  const Part own =
+      request.mode == Mode::kPlain ? scan.drawn(request.draw, first) : scan.largest(first);
   const Part found = warp_part(own);
   if (threadIdx.x % 32 == 0) p.parts[r * p.num_parts + part] = found;
 }
 
-// For all threads of a warp.
-__device__ Part whole_of(const Problem& p, int r) {
-  Part all = Part::none();
-  for (int i = threadIdx.x % 32; i < p.num_parts; i += 32) all.join(p.parts[r * p.num_parts + i]);
-  return warp_part(all);
-}
-
 // What a block knows of one of its rows.
 struct Held {
-  int r, slot, pool_row;
+  int r;
+  Request request;
+  Adjustment adjustment;
   bool narrowed;  // what is left of it is to be found
   float largest, smallest;
-  int top_k;
-  float top_p, min_p;
-  Draw draw;
-  Adjustment adjustment;
 };
 
-__device__ void hold(const Problem& p, int r, int slot, bool narrowed, const Part& whole,
-                     Held& held) {
-  const Sampling& s = p.sampling;
-  held.r = r;
-  held.slot = slot;
-  held.pool_row = pool_row_of(s, slot);
-  held.narrowed = narrowed;
-  held.largest = float(whole.best.score);
-  held.smallest = whole.smallest;
-  if (slot >= 0) {
-    held.draw = draw_of(s, slot);
-    held.top_k = s.top_k[slot];
-    held.top_p = s.top_p[slot];
-    held.min_p = s.min_p[slot];
+// A warp of a team joins some of the row's parts.
+__device__ Part some_parts(const Problem& p, int r) {
+  Part all = Part::none();
+  for (int i = threadIdx.x % kSegment; i < p.num_parts; i += kSegment) {
+    all.join(p.parts[r * p.num_parts + i]);
   }
-  if (held.pool_row >= 0) {
-    held.adjustment = adjustment_of(s.adjustments, held.pool_row, s.count[slot]);
-  }
+  return warp_part(all);
 }
 
 // Writes the token and what follows from it. By a warp.
 __device__ void emit(const Problem& p, const Held& held, int32_t token) {
-  const int lane = threadIdx.x % 32, slot = held.slot;
+  const int lane = threadIdx.x % 32, slot = held.request.slot, pool_row = held.request.pool_row;
   const bool real = slot >= 0 && token >= 0, ends = p.ends.stop_ids != nullptr;
   const bool stopped = ends && real && lane < kStopIds &&
                        p.ends.stop_ids[slot * kStopIds + lane] == token;
@@ -137,10 +131,19 @@ __device__ void emit(const Problem& p, const Held& held, int32_t token) {
   if (lane != 0) return;
   p.tokens[held.r] = token;
   if (ends) p.ends.flags[held.r] = flags;
-  if (real && held.pool_row >= 0) {
+  if (real && pool_row >= 0) {
     const Adjustments& a = p.sampling.adjustments;
-    uint16_t& mark = a.marks[held.pool_row * a.marks_stride + token];
+    uint16_t& mark = a.marks[pool_row * a.marks_stride + token];
     if ((mark & kCountMask) != kCountMask) ++mark;
+  }
+}
+
+__device__ void hold(const Problem& p, int r, int slot, Held& held) {
+  held.r = r;
+  held.request = request_of(p.sampling, slot, p.logits.vocab);
+  const int pool_row = held.request.pool_row;
+  if (pool_row >= 0) {
+    held.adjustment = adjustment_of(p.sampling.adjustments, pool_row, p.sampling.count[slot]);
   }
 }
 
@@ -153,28 +156,28 @@ struct Narrowing {
 
   // Those that min-p leaves come at this place or before.
   __device__ uint64_t after_min_p() {
-    if (!(held.min_p > 0.0f)) return 0;
-    const double least = log(double(held.min_p)), top = select.largest;
+    if (!(held.request.min_p > 0.0f)) return 0;
+    const double least = log(double(held.request.min_p)), top = select.largest;
     return select.order.first(select.lowest_key(
         ordered(select.smallest), ordered(select.largest), [&](uint32_t key) {
-          return (double(from_ordered(key)) - top) / held.draw.temperature >= least;
+          return (double(from_ordered(key)) - top) / held.request.draw.temperature >= least;
         }));
   }
 
   // Tokens are kept while what comes before them is less than top-p of the whole.
   __device__ Target share(uint64_t whole) const {
-    const double amount = ceil(double(held.top_p) * double(whole));
+    const double amount = ceil(double(held.request.top_p) * double(whole));
     return {true, max(uint64_t(1), min(whole, uint64_t(amount)))};
   }
 
   __device__ Best run(int32_t* all_kept) {
     uint64_t from = after_min_p();
-    bool counts = held.top_k > 0;
-    while (counts || held.top_p < 1.0f) {
+    bool counts = held.request.top_k > 0;
+    while (counts || held.request.top_p < 1.0f) {
       const Cut cut = select.search(from, [&]() -> Target {
-        counts = counts && uint32_t(held.top_k) < select.shared.total_count;
-        if (counts) return {false, uint64_t(held.top_k)};
-        return held.top_p < 1.0f ? share(select.shared.total_weight) : Target{};
+        counts = counts && uint32_t(held.request.top_k) < select.shared.total_count;
+        if (counts) return {false, uint64_t(held.request.top_k)};
+        return held.request.top_p < 1.0f ? share(select.shared.total_weight) : Target{};
       });
       if (cut.listable()) return from_list(cut, counts, all_kept);
       from = cut.from;
@@ -189,8 +192,8 @@ struct Narrowing {
   __device__ Best from_list(const Cut& cut, bool counts, int32_t* all_kept) {
     uint64_t whole = select.shared.total_weight;
     int kept = select.gather(cut);
-    if (counts) kept = held.top_k;
-    if (held.top_p < 1.0f) {
+    if (counts) kept = held.request.top_k;
+    if (held.request.top_p < 1.0f) {
       select.list_as_bins(kept);
       if (counts) {
         select.total();
@@ -200,13 +203,13 @@ struct Narrowing {
     }
     note(all_kept, kept);
     select.list_by_segment(kept);
-    const int segment = select.draw_segment(held.draw);
+    const int segment = select.draw_segment(held.request.draw);
     Best best = Best::none();
     for (int i = threadIdx.x; i < kept; i += kSelectThreads) {
       const uint64_t place = select.shared.list[i];
       const int id = select.order.id(place);
       if (id / kSegment != segment) continue;
-      best.take(held.draw.score(from_ordered(select.order.key(place)), id), id);
+      best.take(held.request.draw.score(from_ordered(select.order.key(place)), id), id);
     }
     return best;
   }
@@ -217,18 +220,18 @@ struct Narrowing {
 
   __device__ Best from_row(uint64_t from) {
     select.row_by_segment(from);
-    const int id = select.draw_segment(held.draw) * kSegment + threadIdx.x;
+    const int id = select.draw_segment(held.request.draw) * kSegment + threadIdx.x;
     if (threadIdx.x >= kSegment || id >= select.row.vocab) return Best::none();
     const float x = select.row.value(id);
     if (!(x > -INFINITY) || select.order.place(x, id) < from) return Best::none();
-    return {held.draw.score(x, id), id};
+    return {held.request.draw.score(x, id), id};
   }
 };
 
 template <typename T>
 __device__ Row<T> held_row(const Problem& p, const Held& held) {
   Row<T> row = row_of<T>(p.logits, held.r);
-  if (held.pool_row >= 0) row.adjust(&held.adjustment);
+  if (held.request.pool_row >= 0) row.adjust(&held.adjustment);
   return row;
 }
 
@@ -236,8 +239,8 @@ __device__ Row<T> held_row(const Problem& p, const Held& held) {
 template <typename T>
 __device__ void narrow(const Problem& p, const Held& held, SelectShared& shared) {
   const Row<T> row = held_row<T>(p, held);
-  Narrowing<T> narrowing{{row, shared, held.largest, held.smallest, held.draw.temperature,
-                          held.top_p < 1.0f},
+  Narrowing<T> narrowing{{row, shared, held.largest, held.smallest, held.request.draw.temperature,
+                          held.request.top_p < 1.0f},
                          held};
   const Best best = block_best(narrowing.run(p.kept), shared.warp_best);
   if (threadIdx.x < 32) emit(p, held, best.id);
@@ -261,40 +264,48 @@ __device__ bool next_narrowed(Held (&rows)[kTeams], Held& next) {
 
 // Each of a team's threads has one token of the segment.
 template <typename T>
-__device__ Best best_of_segment(const Problem& p, const Held& held, Mode mode, int segment) {
+__device__ Best best_of_segment(const Problem& p, const Held& held, int segment) {
   const int id = segment * kSegment + threadIdx.x % kSegment;
   if (id >= p.logits.vocab) return Best::none();
   const float x = held_row<T>(p, held).value(id);
   if (!(x > -INFINITY)) return Best::none();
-  return {mode == Mode::kGreedy ? double(x) : held.draw.score(x, id), id};
+  const bool greedy = held.request.mode == Mode::kGreedy;
+  return {greedy ? double(x) : held.request.draw.score(x, id), id};
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSelectThreads, 1) finish_rows(const Problem p) {
   __shared__ SelectShared shared;
   __shared__ Held held[kTeams], current;
+  __shared__ Part parts[kTeams][kTeamWarps];
   allow_next();
   wait_for_previous();
   const int team = threadIdx.x / kSegment, member = threadIdx.x % kSegment;
-  const int r = blockIdx.x + team * gridDim.x;
+  const int warp = threadIdx.x / 32, r = blockIdx.x + team * gridDim.x;
   const bool here = r < p.logits.rows;
-  const Part whole = here ? whole_of(p, r) : Part::none();  // nonsense where a row is padding
+  Held& own = held[team];
   const int slot = here ? slot_of(p.sampling, r) : -1;
-  const Mode mode = mode_of(p.sampling, slot, p.logits.vocab);
+  const Part some = here ? some_parts(p, r) : Part::none();  // nonsense where a row is padding
+  if (threadIdx.x % 32 == 0) parts[team][warp % kTeamWarps] = some;
+  if (member == 0) hold(p, r, slot, own);
+  __syncthreads();
+  const Part whole = warp_part(parts[team][member % kTeamWarps]);
+  const Mode mode = own.request.mode;
   const bool usable = !whole.unusable && whole.finite;
   const bool draws = mode != Mode::kPadding && usable && whole.best.id >= 0;
   const bool narrowed = draws && mode == Mode::kNarrowed;
-  Held& own = held[team];
-  if (member == 0) hold(p, r, slot, narrowed, whole, own);
-  __syncthreads();
   Best best = Best::none();
-  if (draws && !narrowed) best = best_of_segment<T>(p, own, mode, whole.best.id);
+  if (draws && !narrowed) best = best_of_segment<T>(p, own, whole.best.id);
   best = warp_best(best);
-  if (threadIdx.x % 32 == 0) shared.warp_best[threadIdx.x / 32] = best;
+  if (threadIdx.x % 32 == 0) shared.warp_best[warp] = best;
+  if (member == 0) {
+    own.narrowed = narrowed;
+    own.largest = float(whole.best.score);
+    own.smallest = whole.smallest;
+  }
   __syncthreads();
   if (here && !narrowed && member < 32) {
-    const bool one = member < kSegment / 32;
-    best = warp_best(one ? shared.warp_best[threadIdx.x / 32 + member] : Best::none());
+    best = warp_best(member < kTeamWarps ? shared.warp_best[warp + member] : Best::none());
     const int32_t token = draws ? best.id : usable ? kNothingAllowed : kNoToken;
     emit(p, own, mode == Mode::kPadding ? kPaddingToken : token);
   }

@@ -33,7 +33,7 @@ struct Part {
   }
 };
 
-// Of all lanes, known to all.
+// Of all lanes, known to all of them.
 __device__ __forceinline__ Part warp_part(const Part& own) {
   return {warp_best(own.best), from_ordered(__reduce_min_sync(~0u, ordered(own.smallest))),
           bool(__any_sync(~0u, own.unusable)), bool(__any_sync(~0u, own.finite))};
@@ -122,15 +122,15 @@ struct SegmentScan {
   }
 
   __device__ __forceinline__ Part drawn(const Draw& draw, Unit<T> now) {
-    const float per_unit = float(row.scale * kLog2e / draw.temperature);
+    const float per_unit = float(row.scale * kLog2e * draw.inverse);
     Mass mass{0.0, 0.0f, -1};
     each_unit(now, [&](int unit, const Unit<T>& loaded) {
       if (!row.simple() || !quick_masses(unit, loaded, per_unit, mass)) {
-        masses_one_by_one(unit, draw.temperature, mass);
+        masses_one_by_one(unit, draw.inverse, mass);
       }
     });
     if (!(mass.share > 0.0f)) return part(Best::none(), INFINITY);
-    const double log_mass = mass.reference + log(double(mass.share));
+    const double log_mass = mass.reference + logf(mass.share);
     return part({draw.segment_score(log_mass, mass.segment), mass.segment}, INFINITY);
   }
 
@@ -172,11 +172,10 @@ struct SegmentScan {
   // in units of log 2, and whatever its reference was rounded to is what is kept of it.
   __device__ __forceinline__ bool quick_masses(int unit, const Unit<T>& loaded, float per_unit,
                                                Mass& mass) {
-    float most = Row<T>::largest(loaded.groups[0]);
+    Group<T> larger = loaded.groups[0];
 #pragma unroll
-    for (int k = 1; k < kUnitSegments; ++k) {
-      most = max_or_nan(most, Row<T>::largest(loaded.groups[k]));
-    }
+    for (int k = 1; k < kUnitSegments; ++k) larger = Row<T>::larger(larger, loaded.groups[k]);
+    const float most = Row<T>::largest(larger);
     raw = max_or_nan(raw, row.scaled(most));
     const float reference = from_ordered(__reduce_max_sync(~0u, ordered(most))) * per_unit;
     if (!(fabsf(reference) < 0x1p100f)) return false;
@@ -196,8 +195,8 @@ struct SegmentScan {
   }
 
   // Each segment with its own largest logit as the reference.
-  __device__ __forceinline__ void masses_one_by_one(int unit, double temperature, Mass& mass) {
-    const float per_unit = float(kLog2e / temperature);
+  __device__ __forceinline__ void masses_one_by_one(int unit, double inverse, Mass& mass) {
+    const float per_unit = float(kLog2e * inverse);
 #pragma unroll 1
     for (int k = 0; k < kUnitSegments; ++k) {
       float most = -INFINITY, sum = 0.0f;
@@ -213,7 +212,7 @@ struct SegmentScan {
       sum = most > -INFINITY ? sum * exp2_quick((most - all) * per_unit) : 0.0f;
       for (int by = 16; by > 0; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
       if (threadIdx.x % 32 == (unit - begin) * kUnitSegments + k) {
-        mass = {double(all) / temperature, sum, unit * kUnitSegments + k};
+        mass = {double(all) * inverse, sum, unit * kUnitSegments + k};
       }
     }
   }
