@@ -6,7 +6,7 @@ PY := .venv/bin/python
 KUBECONFIG_LINE = export KUBECONFIG=$$($(CLUSTER_TOOL) kubeconfig)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-long test-apiserver test-e2e demo demo-down cluster-up cluster-down \
+.PHONY: help setup check test test-long test-gpu test-apiserver test-e2e demo demo-down cluster-up cluster-down \
   cluster-status images format lock crds tinymodel clean
 
 help: ## this list
@@ -23,6 +23,9 @@ test: ## everything: check, a real API server, a real cluster (brings it up and 
 
 test-long: ## full-size figures: long idle windows, big fuzz and fault counts
 	@$(PYTHON) tools/suites.py test-long
+
+test-gpu: ## on a machine with a GPU: kernels, engine, compute-sanitizer (none of it in `make test`)
+	@$(PYTHON) tools/suites.py test-gpu
 
 test-apiserver: ## only the tests against etcd and kube-apiserver
 	@$(PYTHON) tools/suites.py test-apiserver

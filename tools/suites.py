@@ -54,12 +54,25 @@ E2E = [
     Suite("images", 120, [*CLUSTER, "images"], needs_cluster=True),
     Suite("e2e", 480, [PYTHON, "-m", "pytest", "-q", "e2e", "-m", "cluster and not slow"], True),
 ]
+# On a machine with a GPU. So many processes share it; torch takes a gigabyte of it in each.
+ON_GPU = [PYTHON, "-m", "pytest", "-q", "-n", "8", "--timeout", "300"]
+GPU = [
+    Suite("kernels", 120, [*ON_GPU, "tests/kernels"]),
+    Suite("half precision", 120, [*ON_GPU, "tests/server", "-k", "cuda"]),
+    Suite(
+        "as on a CPU",
+        300,
+        ["env", "OCTAVO_TEST_DEVICE=cuda", *ON_GPU, "tests/server", "-k", "real or llm"],
+    ),
+    Suite("sanitizer", 320, [PYTHON, "tools/sanitize.py"]),
+]
 APISERVER = Suite(
     "apiserver", 120, [PYTHON, "-m", "pytest", "-q", "tests", "-m", "apiserver and not slow"]
 )
 PLANS: dict[str, list[Suite]] = {
     "check": [*CHECK, QUICK_UNIT],
     "test": [*CHECK, UNIT_SUITE, BINARIES, APISERVER, *E2E],
+    "test-gpu": [SETUP, *GPU],
     "test-apiserver": [SETUP, BINARIES, APISERVER],
     "test-e2e": [SETUP, BINARIES, *E2E],
     "test-long": [
