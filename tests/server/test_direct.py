@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 import zmq
 from api_server import MODEL
+from fastapi import FastAPI
 
 from octavo import wire
 from octavo.api import http_io
@@ -25,8 +26,11 @@ from octavo.api.direct import DirectProtocol, DirectWriter
 from octavo.api.engine_client import MAX_MESSAGES_AT_ONCE, Arrival, EngineClient, Mailbox
 from octavo.api.generation import Choice, Delta, Generation, Prompt
 from octavo.api.http_io import StreamResponse
+from octavo.api.request_id import RequestIdMiddleware
 from octavo.api.requests import StreamOptions
+from octavo.api.server import _listen
 from octavo.api.sse import ChatForm, CompletionForm
+from octavo.errors import ConfigError
 from octavo.metrics import Metrics
 from octavo.params import SamplingParams
 from octavo.text.tokenizer import Tokenizer
@@ -88,13 +92,13 @@ class Served:
 
 @asynccontextmanager
 async def connected(
-    served: Served, version: str = "1.1"
+    served: Served, version: str = "1.1", app: Any = None
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A client that has sent its request; small buffers, so that a lazy reader is soon noticed."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
     config = uvicorn.Config(
-        served.app, interface="asgi3", http=DirectProtocol, ws="none", lifespan="off",
+        app or served.app, interface="asgi3", http=DirectProtocol, ws="none", lifespan="off",
         log_config=None,
         access_log=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
@@ -170,6 +174,21 @@ def test_a_step_is_one_event_and_no_message_of_asgi(form: Any) -> None:
         assert text_of(found) == TOKENIZER.decode(TOKENS)
         assert found[-1]["choices"][0]["finish_reason"] == "length"
         # The first text begins the response and [DONE] ends it; all between is written directly.
+        assert served.bodies == 2
+
+    run(work())
+
+
+def test_the_way_leads_through_our_application() -> None:
+    async def work() -> None:
+        served = Served(generation())
+        app = FastAPI()
+        app.mount("/", served.app)
+        app.add_middleware(RequestIdMiddleware)
+        async with connected(served, app=app) as (reader, _):
+            feeding = asyncio.ensure_future(fed(served.generation, TOKENS))
+            assert text_of(events(await body(reader))) == TOKENIZER.decode(TOKENS)
+            await feeding
         assert served.bodies == 2
 
     run(work())
@@ -380,3 +399,18 @@ def test_a_mailbox_keeps_what_comes_while_nobody_reads() -> None:
         assert [d.finish_reason for d in rest] == ["length"]
 
     run(work())
+
+
+# The socket itself
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_small_writes_do_not_wait_for_acknowledgements(host: str) -> None:
+    try:
+        listener = _listen(host, 0)
+    except ConfigError as error:  # a machine without IPv6
+        pytest.skip(str(error))
+    with listener, socket.create_connection(listener.getsockname()[:2]):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -61,9 +61,13 @@ def serve(config: ServeConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    # Connections inherit it. asyncio sets it for sockets that name their protocol, and these do
+    # not: a small write would wait for the client to acknowledge the one before, up to 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 @contextlib.contextmanager
