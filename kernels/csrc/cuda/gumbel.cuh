@@ -26,8 +26,8 @@ __device__ __forceinline__ uint64_t mix(uint64_t value) {
 }
 
 // Gumbel noise, -log(-log(u)), of the uniform number u that the reference makes of a hashed word.
-// In float32, for a logarithm in double takes as long as a read of memory; near 1 it is made of what
-// u lacks, so that it is right to some 2^-23 everywhere.
+// In float32, because a logarithm in double takes as long as a read of memory; near 1 it is made of
+// what u lacks, so that it is right to some 2^-23 everywhere.
 __device__ __forceinline__ float gumbel(uint64_t word) {
   const uint64_t bits = word >> 11, lacking = (uint64_t(1) << 53) - 1 - bits;
   const bool upper = lacking < bits;

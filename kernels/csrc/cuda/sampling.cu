@@ -119,18 +119,32 @@ __device__ Part some_parts(const Problem& p, int r) {
   return warp_part(all);
 }
 
+// When a slot ends, as a warp knows it.
+struct Ending {
+  int stop_id;  // the lane's, -1: none
+  bool full;
+};
+
+__device__ Ending ending_of(const Problem& p, int slot) {
+  if (p.ends.stop_ids == nullptr || slot < 0) return {-1, false};
+  const int lane = threadIdx.x % 32;
+  const int64_t count = load_now(p.sampling.count + slot);
+  const int64_t most = load_now(p.ends.max_tokens + slot);
+  return {lane < kStopIds ? load_now(p.ends.stop_ids + slot * kStopIds + lane) : -1,
+          count + 1 >= most};
+}
+
 // Writes the token and what follows from it. By a warp.
-__device__ void emit(const Problem& p, const Held& held, int32_t token) {
-  const int lane = threadIdx.x % 32, slot = held.request.slot, pool_row = held.request.pool_row;
-  const bool real = slot >= 0 && token >= 0, ends = p.ends.stop_ids != nullptr;
-  const bool stopped = ends && real && lane < kStopIds &&
-                       p.ends.stop_ids[slot * kStopIds + lane] == token;
-  const bool full = ends && real && p.sampling.count[slot] + 1 >= p.ends.max_tokens[slot];
-  const uint8_t flags = (__any_sync(~0u, stopped) ? kStopped : 0) | (full ? kFull : 0) |
-                        (token < 0 ? kFailed : 0);
-  if (lane != 0) return;
+__device__ void emit(const Problem& p, const Held& held, const Ending& ending, int32_t token) {
+  const int pool_row = held.request.pool_row;
+  const bool real = held.request.slot >= 0 && token >= 0;
+  const bool stopped = __any_sync(~0u, real && ending.stop_id == token);
+  if (threadIdx.x % 32 != 0) return;
   p.tokens[held.r] = token;
-  if (ends) p.ends.flags[held.r] = flags;
+  if (p.ends.stop_ids != nullptr) {
+    p.ends.flags[held.r] = (stopped ? kStopped : 0) | (real && ending.full ? kFull : 0) |
+                           (token < 0 ? kFailed : 0);
+  }
   if (real && pool_row >= 0) {
     const Adjustments& a = p.sampling.adjustments;
     uint16_t& mark = a.marks[pool_row * a.marks_stride + token];
@@ -243,7 +257,7 @@ __device__ void narrow(const Problem& p, const Held& held, SelectShared& shared)
                           held.request.top_p < 1.0f},
                          held};
   const Best best = block_best(narrowing.run(p.kept), shared.warp_best);
-  if (threadIdx.x < 32) emit(p, held, best.id);
+  if (threadIdx.x < 32) emit(p, held, ending_of(p, held.request.slot), best.id);
 }
 
 // Copies one of the rows that are still to be narrowed, and strikes it off; false if there is none.
@@ -287,6 +301,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) finish_rows(const Problem p
   const int slot = here ? slot_of(p.sampling, r) : -1;
   const Part some = here ? some_parts(p, r) : Part::none();  // nonsense where a row is padding
   if (threadIdx.x % 32 == 0) parts[team][warp % kTeamWarps] = some;
+  const Ending ending = ending_of(p, slot);
   if (member == 0) hold(p, r, slot, own);
   __syncthreads();
   const Part whole = warp_part(parts[team][member % kTeamWarps]);
@@ -307,7 +322,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) finish_rows(const Problem p
   if (here && !narrowed && member < 32) {
     best = warp_best(member < kTeamWarps ? shared.warp_best[warp + member] : Best::none());
     const int32_t token = draws ? best.id : usable ? kNothingAllowed : kNoToken;
-    emit(p, own, mode == Mode::kPadding ? kPaddingToken : token);
+    emit(p, own, ending, mode == Mode::kPadding ? kPaddingToken : token);
   }
   while (next_narrowed(held, current)) narrow<T>(p, current, shared);
 }
