@@ -20,6 +20,7 @@ from kernel_elementwise import elementwise
 from kernel_gemm import gemm
 from kernel_layers import layers
 from kernel_moe import moe
+from kernel_persistent import persistent
 from kernel_prefill import prefill
 from kernel_sampling import sample
 from kernel_timing import Machine
@@ -30,6 +31,7 @@ PARTS: dict[str, Callable[[Machine, bool], Iterator[dict[str, object]]]] = {
     "gemm": gemm,
     "layers": layers,
     "moe": moe,
+    "persistent": persistent,
     "prefill": prefill,
     "sampling": sample,
 }

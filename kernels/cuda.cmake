@@ -39,6 +39,7 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/skinny_gemm.cu csrc/cuda/gated_gemm.cu csrc/cuda/bind_gemm.cpp
   csrc/cuda/blaslt.cpp csrc/cuda/bind_blaslt.cpp
   csrc/cuda/moe.cu csrc/cuda/bind_moe.cpp
+  csrc/cuda/persistent_layers.cu csrc/cuda/bind_persistent.cpp
   csrc/cuda/batch_state.cu csrc/cuda/bind_batch.cpp
   csrc/cuda/prefill_attention.cu csrc/cuda/prefill_warpgroup.cu csrc/cuda/bind_prefill.cpp
   csrc/cuda/sampling.cu csrc/cuda/penalties.cu csrc/cuda/logprobs.cu csrc/cuda/bind_sampling.cpp

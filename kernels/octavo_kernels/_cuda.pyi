@@ -158,6 +158,43 @@ def record_tokens(
     stream: int,
 ) -> None: ...
 
+class LayerStack:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        layers: int,
+        num_layers: int,
+        hidden: int,
+        inner: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        function: int,
+        norm_eps: float,
+        norm_offset: float,
+        scale: float,
+        cos_sin: int,
+        max_positions: int,
+        num_blocks: int,
+        block_size: int,
+    ) -> None: ...
+    def rows(self) -> int: ...
+    def workspace_bytes(self) -> int: ...
+    def decode(
+        self,
+        *,
+        residual: int,
+        rows: int,
+        positions: int,
+        slots: int,
+        seq_lens: int,
+        block_tables: int,
+        max_blocks: int,
+        workspace: int,
+        stream: int,
+    ) -> None: ...
+
 class PrefillStep:
     def __init__(
         self,

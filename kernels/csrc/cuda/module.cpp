@@ -14,6 +14,7 @@ void bind_device(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_moe(py::module_& m);
+void bind_persistent(py::module_& m);
 void bind_prefill(py::module_& m);
 void bind_sampling(py::module_& m);
 
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_cuda, m) {
   octavo::cuda::bind_elementwise(m);
   octavo::cuda::bind_gemm(m);
   octavo::cuda::bind_moe(m);
+  octavo::cuda::bind_persistent(m);
   octavo::cuda::bind_prefill(m);
   octavo::cuda::bind_sampling(m);
 }

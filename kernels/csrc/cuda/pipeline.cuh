@@ -168,9 +168,9 @@ struct Ring {
   __device__ uint32_t empty(RingPosition at) const { return barriers + at.stage * 16 + 8; }
 
   // By one thread, before a block barrier.
-  __device__ void init(int readers) const {
+  __device__ void init(int readers, int fillers = kFillArrivals) const {
     for (RingPosition at; at.stage < stages; ++at.stage) {
-      barrier_init(full(at), kFillArrivals);
+      barrier_init(full(at), fillers);
       barrier_init(empty(at), readers);
     }
     barrier_fence();

@@ -18,6 +18,7 @@
 #include "cuda/mma.cuh"
 #include "cuda/pipeline.cuh"
 #include "cuda/skinny_input.cuh"
+#include "cuda/skinny_product.cuh"
 
 #include <algorithm>
 #include <stdexcept>
@@ -68,63 +69,6 @@ __device__ void fill_ring(const Task& task, const Share& share, const Ring& ring
   prefetch(static_cast<const char*>(task.gemm.ahead) + first, end - first);
 }
 
-// Adds a stage's products to `sums`: x row g with w rows 2t and 2t + 1, then the same of g + 8.
-template <typename T, bool kWide>
-__device__ __forceinline__ void multiply_stage(uint32_t stage, int columns, const XSlice& x,
-                                               float (&sums)[kWide ? 4 : 2]) {
-  const int lane = threadIdx.x % 32, at = threadIdx.x / 32 * kSteps * 32 + lane % 4 * 8;
-  const uint32_t source = stage + lane / 4 * kPitch + at * 2;
-  // Sums of their own, and in turns: a product takes tens of cycles, and what needs its result
-  // holds up all that comes behind. However many at once, they are added up in the same order.
-  constexpr int kAtOnce = kWide ? 2 : 4, kSums = kWide ? 4 : 2;
-  float pairs[kSteps / 2][kSums];
-#pragma unroll
-  for (int first = 0; first < kSteps; first += kAtOnce) {
-    uint4 w[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      w[i] = {};
-      if (at + (first + i) * 32 < columns) {
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(w[i].x), "=r"(w[i].y), "=r"(w[i].z), "=r"(w[i].w)
-                     : "r"(source + (first + i) * 64));
-      }
-    }
-    float part[kAtOnce][4] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const uint4& of = w[i];
-        multiply_add<T>(part[i], x.of[first + i][half], half ? of.z : of.x, half ? of.w : of.y);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce / 2 * kSums; ++i) {
-      const int pair = i / kSums, at = i % kSums;
-      pairs[first / 2 + pair][at] = part[pair * 2][at] + part[pair * 2 + 1][at];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) sums[i] += pairs[0][i] + pairs[1][i];
-}
-
-// The sums of all warps over their columns: [groups of a pass][kWarps][rows of x][kGroup].
-struct Partials {
-  float* at;
-  int rows;
-
-  __device__ float* of(int group, int warp, int row) const {
-    return at + ((group * kWarps + warp) * rows + row) * kGroup;
-  }
-  __device__ float total(int group, int row, int column) const {
-    float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += of(group, warp, row)[column];
-    return sum;
-  }
-};
-
 // One of the outputs of a pass: a column of a unit, of one row of x.
 template <typename T>
 struct Output {
@@ -168,6 +112,8 @@ __device__ void multiply(const Task& task, const Share& share, const Ring& ring,
                          const Partials& partials, const uint8_t* staged) {
   const SkinnyGemm& gemm = task.gemm;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = int(gemm.k);
+  const auto* x_rows = task.x_pitch ? staged : static_cast<const uint8_t*>(gemm.x);
+  const int64_t pitch = task.x_pitch ? task.x_pitch : gemm.x_stride * 2;
   RingPosition at;
   // Stages that will be filled again, and so have to be given back.
   int refills = share.groups * ((k + kColumns - 1) / kColumns) - ring.stages;
@@ -177,7 +123,8 @@ __device__ void multiply(const Task& task, const Share& share, const Ring& ring,
     const float before = Output<T>(gemm, share, begin, count, threadIdx.x).before(gemm);
     float sums[kPass][kWide ? 4 : 2] = {};
     for (int column = 0; column < k; column += kColumns) {
-      const auto x = load_x<kWide>(task, staged, column + warp * kSteps * 32);
+      const auto x =
+          load_x<kWide>(x_rows, pitch, int(gemm.rows), k, column + warp * kSteps * 32);
 #pragma unroll
       for (int group = 0; group < kPass; ++group) {
         if (group >= count) break;

@@ -75,7 +75,7 @@ __device__ __forceinline__ uint32_t norm_pair(uint32_t x, uint32_t weight, float
 }
 
 // The sum of `value` over the `width` threads (a power of two) that share a row, in all of them.
-__device__ float sum_of_row(float value, int width, float* sums) {
+__device__ __forceinline__ float sum_of_row(float value, int width, float* sums) {
   for (int distance = min(width, 32) / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(~0u, value, distance);
   }
@@ -175,17 +175,17 @@ __device__ __forceinline__ uint4 load_past_l1(const uint8_t* from) {
   return x;
 }
 
+// The slice from `column` on of rows `pitch` bytes apart.
 template <bool kWide>
-__device__ XSlice load_x(const Task& task, const uint8_t* staged, int column) {
-  const int lane = threadIdx.x % 32, row = lane / 4, rows = int(task.gemm.rows);
-  const auto* from = task.x_pitch ? staged : static_cast<const uint8_t*>(task.gemm.x);
-  const int64_t pitch = task.x_pitch ? task.x_pitch : task.gemm.x_stride * 2;
+__device__ __forceinline__ XSlice load_x(const uint8_t* from, int64_t pitch, int rows, int k,
+                                         int column) {
+  const int lane = threadIdx.x % 32, row = lane / 4;
   column += lane % 4 * 8;
   from += row * pitch + column * 2;
   XSlice x;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const bool inside = column + step * 32 < int(task.gemm.k);
+    const bool inside = column + step * 32 < k;
     uint4 low{}, high{};
     if (inside && row < rows) low = load_past_l1(from + step * 64);
     if constexpr (kWide) {

@@ -1,0 +1,279 @@
+// All layers of a decode step of few rows in one launch: one block a multiprocessor, for the whole
+// of it. Between kernels, and between the barriers of one, memory has nothing to do: here a warp of
+// each block streams the weights of all layers through one ring in shared memory, up to 200 KB
+// ahead, whatever the others wait for. The others hand each other activations as tagged words
+// (persistent_words.cuh), so that a block begins a product when what it needs is there.
+//
+// Each layer: norm and qkv; attention; output added to the residual; norm, gate and up; down added
+// to the residual. Rounded where the kernels for one operation each round.
+//
+// A word is overwritten a layer later, by a block that has meanwhile taken later results of every
+// other, for which that one had read the word: every block has rows of qkv and of gate and up.
+#include "cuda/persistent_layers.h"
+
+#include "cuda/activation.cuh"
+#include "cuda/check.h"
+#include "cuda/persistent_attention.cuh"
+#include "cuda/persistent_producer.cuh"
+#include "cuda/persistent_product.cuh"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace octavo::cuda {
+namespace persistent {
+namespace {
+
+// What a block's consumers do; one copy of each part for all products, because code that does not
+// fit the instruction cache has to be fetched anew in every layer.
+template <typename T, int kDim>
+struct Consumers {
+  const Task& task;
+  const Shared& shared;
+  RingPosition at;
+
+  __device__ __forceinline__ void begin() {
+    bring_norm(shared.table()[0].input_norm, task.hidden, shared.input_norm());
+    wait_for_previous();
+    const Portion output = portion_of(task, shared, kDim, kOutput);
+    const auto* from = static_cast<const T*>(task.rows.residual);
+    const int rows = task.num_rows;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < output.units * rows * kGroup; i += kThreads) {
+      const int line = i / kGroup, column = (output.first + line / rows) * kGroup + i % kGroup;
+      shared.residual()[i] = widen(__ldcg(from + line % rows * task.hidden + column));
+    }
+    if (threadIdx.x / 32 == kWarps - 1) make_schedule(task, shared.schedules());
+    sync_first(kThreads);
+  }
+
+  __device__ __forceinline__ Source source(const Pass& pass, int product, int width) const {
+    const Exchange& from = task.exchange;
+    Source x{nullptr, from.residual, pass.tag, task.num_rows, width};
+    if (product == kQkv && pass.number == 0) x.plain = task.rows.residual;
+    if (product == kQkv) --x.tag;
+    if (product == kOutput) x.words = from.mixed;
+    if (product == kGateUp) x.words = from.middle;
+    if (product == kDown) x.words = from.inner;
+    return x;
+  }
+
+  // Adds a product's outputs to this block's columns of the residual; the sums, packed.
+  __device__ __forceinline__ uint32_t add(const Outputs& out) const {
+    float* sum = shared.residual() + (out.unit * task.num_rows + out.row) * kGroup + out.pair;
+    sum[0] = rounded<T>(sum[0] + rounded<T>(out.first.x));
+    sum[1] = rounded<T>(sum[1] + rounded<T>(out.first.y));
+    return pack<T>(sum[0], sum[1]);
+  }
+
+  __device__ __forceinline__ void finish(const Pass& pass, int product, int width,
+                                         const Outputs& out) const {
+    const Exchange& to = task.exchange;
+    const int64_t place = (int64_t(out.row) * width + out.column) / 2;
+    if (product == kQkv) {
+      put_word(to.qkv + place, pack<T>(out.first.x, out.first.y), pass.tag);
+    } else if (product == kGateUp) {
+      float gate[2] = {out.first.x, out.first.y};
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        gate[0] = activate(task.stack.function, rounded<T>(gate[0]));
+        const float swapped = gate[0];
+        gate[0] = gate[1], gate[1] = swapped;
+      }
+      const uint32_t both =
+          pack<T>(gate[0] * rounded<T>(out.second.x), gate[1] * rounded<T>(out.second.y));
+      put_word(to.inner + place, both, pass.tag);
+    } else {
+      const uint32_t sums = add(out);
+      if (product == kDown && pass.number + 1 == task.num_layers) {
+        static_cast<uint32_t*>(task.rows.residual)[place] = sums;
+      } else {
+        put_word((product == kDown ? to.residual : to.middle) + place, sums, pass.tag);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run(const Pass& pass) {
+#pragma unroll 1
+    for (int product = 0; product < kProducts; ++product) {
+      if (product == kOutput) {
+        // Nobody reads either any more, and the first is needed after this layer's attention.
+        bring_norm(pass.layer.mlp_norm, task.hidden, shared.mlp_norm());
+        const int next = min(pass.number + 1, task.num_layers - 1);
+        bring_norm(shared.table()[next].input_norm, task.hidden, shared.input_norm());
+        attend<T, kDim>(task, pass, shared, at);
+      }
+      const Portion portion = portion_of(task, shared, kDim, product);
+      if (portion.units == 0) continue;
+      const uint8_t* norm = product == kQkv      ? shared.input_norm()
+                            : product == kGateUp ? shared.mlp_norm()
+                                                 : nullptr;
+      stage<T>(task, source(pass, product, portion.k), norm, shared);
+      multiply<T>(task, shared, portion, at, [&](const Outputs& out) {
+        finish(pass, product, portion.half_rows, out);
+      });
+    }
+  }
+};
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads + 32, 1)
+    persistent_kernel(const __grid_constant__ Task task) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint8_t memory[];
+  allow_next();
+  const Shared shared{task, memory};
+  if (threadIdx.x == kThreads) shared.ring().init(kWarps, kFillers);
+  const auto* table = reinterpret_cast<const uint64_t*>(task.stack.layers);
+  for (int i = threadIdx.x; i < task.num_layers * int(sizeof(DecoderLayer) / 8); i += blockDim.x) {
+    reinterpret_cast<uint64_t*>(shared.table())[i] = __ldg(table + i);
+  }
+  if (threadIdx.x < kProducts) {
+    shared.portions()[threadIdx.x] = divided(outputs_of(task, kDim, threadIdx.x));
+  }
+  __syncthreads();
+  if (threadIdx.x >= kThreads) {
+    produce<kDim>(task, shared);
+    return;
+  }
+  Consumers<T, kDim> consumers{task, shared, {}};
+  consumers.begin();
+#pragma unroll 1
+  for (int l = 0; l < task.num_layers; ++l) {
+    consumers.run({shared.table()[l], l, shared.schedules()->passes + l + 1});
+  }
+  // Whoever has put together a part of the last layer's output has results of every block, all of
+  // which have read the number before. The last block always has a part, others may have none.
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
+    *task.exchange.passes = shared.schedules()->passes + task.num_layers;
+  }
+#else
+  __trap();  // persistent_rows() is 0 for such code
+#endif
+}
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "persistent_layers");
+  check(cudaDeviceGetAttribute(&value, which, device), "persistent_layers");
+  return value;
+}
+
+struct Device {
+  int multiprocessors, shared, capability;
+};
+
+const Device& device() {
+  static const Device device{attribute(cudaDevAttrMultiProcessorCount),
+                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                             attribute(cudaDevAttrComputeCapabilityMajor)};
+  return device;
+}
+
+constexpr int kLeastStages = 5;  // fewer do not keep memory busy
+
+int64_t qkv_columns(const LayerStack& stack) {
+  return (stack.heads + 2 * stack.kv_heads) * stack.dim;
+}
+
+// Every block has rows of qkv and of gate and up, see the top.
+int blocks_of(const LayerStack& stack) {
+  const int64_t least = std::min(qkv_columns(stack), stack.inner) / kGroup;
+  return int(std::min<int64_t>(device().multiprocessors, least));
+}
+
+Task task_of(const LayerStack& stack, int64_t rows) {
+  Task task{};
+  task.stack = stack;
+  task.num_rows = int(rows);
+  task.num_layers = int(stack.num_layers);
+  task.hidden = int(stack.hidden);
+  task.inner = int(stack.inner);
+  task.heads = int(stack.heads);
+  task.kv_heads = int(stack.kv_heads);
+  task.group = int(stack.heads / stack.kv_heads);
+  while ((int64_t(1) << task.block_shift) < stack.block_size) ++task.block_shift;
+  while ((1 << task.row_shift) < task.num_rows) ++task.row_shift;
+  task.num_slots = stack.num_blocks * stack.block_size;
+  task.scale = stack.scale * kLog2E;
+  const int64_t blocks = blocks_of(stack);
+  const int most_units = int((stack.hidden / kGroup + blocks - 1) / blocks);
+  const int besides = Layout(stack, task.num_rows, 0, most_units).bytes;
+  task.stages = (device().shared - besides) / Ring::bytes(1, kStageBytes);
+  task.at = Layout(stack, task.num_rows, task.stages, most_units);
+  return task;
+}
+
+bool serves(const LayerStack& stack) {
+  return device().capability == 9 && stack.dtype != DType::kFloat32 &&
+         (stack.dim == 64 || stack.dim == 128) && stack.heads > 0 && stack.kv_heads > 0 &&
+         stack.heads % stack.kv_heads == 0 && stack.heads / stack.kv_heads <= kMostGroup &&
+         stack.num_layers > 0 && stack.hidden > 0 && stack.hidden % kGroup == 0 &&
+         stack.inner > 0 && stack.inner % kGroup == 0 && stack.block_size > 0 &&
+         (stack.block_size & (stack.block_size - 1)) == 0;
+}
+
+// The workspace, in words; returns how many.
+int64_t place_words(const LayerStack& stack, Word* base, Exchange& to) {
+  int64_t used = 16;
+  const auto place = [&](Word*& words, int64_t count) {
+    words = base + used;
+    used += (count + 15) / 16 * 16;
+  };
+  to.passes = reinterpret_cast<uint32_t*>(base);
+  const int64_t rows = kPersistentRows, group = stack.heads / stack.kv_heads;
+  const int64_t items = std::max<int64_t>(blocks_of(stack), rows * stack.kv_heads);
+  place(to.qkv, rows * qkv_columns(stack) / 2);
+  place(to.parts, items * group * (stack.dim + 2));
+  place(to.mixed, rows * stack.heads * stack.dim / 2);
+  place(to.middle, rows * stack.hidden / 2);
+  place(to.inner, rows * stack.inner / 2);
+  place(to.residual, rows * stack.hidden / 2);
+  return used;
+}
+
+template <typename T, int kDim>
+void run(const Task& task, cudaStream_t stream) {
+  constexpr auto kernel = persistent_kernel<T, kDim>;
+  static const bool allowed = allow_shared(kernel, device().shared);
+  (void)allowed;
+  launch(kernel, dim3(blocks_of(task.stack)), dim3(kThreads + 32), task.at.bytes, stream,
+         task);
+}
+
+template <typename T>
+void run(const Task& task, cudaStream_t stream) {
+  task.stack.dim == 64 ? run<T, 64>(task, stream) : run<T, 128>(task, stream);
+}
+
+}  // namespace
+}  // namespace persistent
+
+int64_t persistent_rows(const LayerStack& stack) {
+  using namespace persistent;
+  if (!serves(stack)) return 0;
+  int64_t rows = kPersistentRows;
+  while (rows > 0 && task_of(stack, rows).stages < kLeastStages) --rows;
+  return rows;
+}
+
+int64_t persistent_workspace(const LayerStack& stack) {
+  persistent::Exchange exchange;
+  return persistent::place_words(stack, nullptr, exchange) * int64_t(sizeof(persistent::Word));
+}
+
+void persistent_layers(const LayerStack& stack, const DecodeRows& rows, void* workspace,
+                       cudaStream_t stream) {
+  using namespace persistent;
+  if (rows.rows < 1 || rows.rows > persistent_rows(stack)) {
+    throw std::invalid_argument("persistent_layers: no kernel for " + std::to_string(rows.rows) +
+                                " rows of " + std::to_string(stack.hidden));
+  }
+  Task task = task_of(stack, rows.rows);
+  task.rows = rows;
+  place_words(stack, static_cast<Word*>(workspace), task.exchange);
+  stack.dtype == DType::kBFloat16 ? run<__nv_bfloat16>(task, stream) : run<__half>(task, stream);
+}
+
+}  // namespace octavo::cuda
