@@ -1,8 +1,8 @@
 """Makes tests/support and these tests importable, and cuts them into shards for slow tools.
 
-OCTAVO_TEST_SHARD=2/8 keeps every eighth test from the third on, those marked `smallest` first and
-the rest in an order that is the same everywhere and of no meaning, so that a shard that is
-stopped by the clock has seen some of everything.
+OCTAVO_TEST_SHARD=2/8 keeps every eighth test from the third on: first of those marked `smallest`, as
+they stand, then of the rest, in an order that is the same everywhere and of no meaning, so that a
+shard that is stopped by the clock has seen some of everything.
 """
 
 import inspect
@@ -24,8 +24,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("captures")
     if shard := os.environ.get("OCTAVO_TEST_SHARD"):
         number, count = map(int, shard.split("/"))
-        items.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        items.sort(key=lambda item: item.get_closest_marker("smallest") is None)
+        items.sort(
+            key=lambda item: (
+                0 if item.get_closest_marker("smallest") else zlib.crc32(item.nodeid.encode())
+            )
+        )
         kept = items[number::count]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept

@@ -16,6 +16,7 @@ import test_cuda_elementwise as elementwise
 import test_cuda_gated_gemm as gated
 import test_cuda_gemm as gemm
 import test_cuda_moe as moe
+import test_cuda_persistent as persistent
 import test_cuda_prefill as prefill
 import test_cuda_sampling as sampling
 import torch
@@ -73,6 +74,11 @@ def gated_products(dtype: torch.dtype) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gated.cuda_gemm, "gated_from", 1)
         gated.test_gated_products(384, 320, 257, dtype)
+
+
+def layers_in_one(dtype: torch.dtype, dim: int) -> None:
+    stack = persistent.Stack(kv_heads=1, dim=dim, dtype=dtype, blocks=40)
+    persistent.check(stack, [70, 0, 17], persistent.LIMIT[dtype])
 
 
 def draw(dtype: torch.dtype) -> None:
@@ -147,6 +153,8 @@ CASES = [
     case("adjusted draws", sampling.test_adjustments_and_what_they_count),
     case("blocks moved", swap_and_copy),
     case("state of the batch", state_of_the_batch),
+    # Last: who waits in vain, as slow tools may have it, ends all that his process could do.
+    *(case(f"{t} layers of {d}", layers_in_one, t, d) for t in DTYPES for d in (64, 128)),
 ]
 
 
