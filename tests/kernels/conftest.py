@@ -1,6 +1,6 @@
 """Makes tests/support and these tests importable, and cuts them into shards for slow tools.
 
-OCTAVO_TEST_SHARD=2/8 keeps every eighth test from the third on: first of those marked `smallest`, as
+OCTAVO_TEST_SHARD=2/8 keeps every eighth test from the third on: first those marked `smallest`, as
 they stand, then of the rest, in an order that is the same everywhere and of no meaning, so that a
 shard that is stopped by the clock has seen some of everything.
 """
