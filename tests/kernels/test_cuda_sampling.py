@@ -121,6 +121,21 @@ def test_of_equals_the_lower_ids_are_kept(vocab) -> None:
     assert ops.sample(logits.to(DEVICE), moved(wanted)).tolist() == reference(logits, wanted)
 
 
+@pytest.mark.parametrize("kind", ["smooth", "ties", "few"])
+def test_the_first_k_are_found_by_their_segments(kind) -> None:
+    """As many as there are segments and more, among equals, and where fewer are allowed."""
+    kinds = [
+        (1.0, k, p, m) for k in (1, 20, 255, 256, 257, 300) for p in (1.0, 0.9) for m in (0.0, 0.05)
+    ]
+    logits = normal(len(kinds), 256 * 256 + 9) * 2
+    if kind == "ties":
+        logits = (logits * 2).round() / 2
+    if kind == "few":
+        logits[:, 37:-5] = -math.inf
+    logits, wanted = logits.to(torch.bfloat16), sampling_of(kinds)
+    assert ops.sample(logits.to(DEVICE), moved(wanted)).tolist() == reference(logits, wanted)
+
+
 @pytest.mark.parametrize("spread", [0.5, 6.0])
 def test_as_many_are_kept_as_in_the_reference(spread) -> None:
     """Not only the draw: where the row is cut, as far as the kernel lists what it keeps."""

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) logprob_rows(const Problem 
   const Row<T> row = row_of<T>(p.logits, r);
   const float own = row.raw(token);
   const Spread spread = spread_of(row, own, shared);
-  RowSelect<T> select(row, shared, spread.largest, spread.smallest, 1.0, true);
+  RowSelect<T> select(row, shared, nullptr, spread.largest, spread.smallest, 1.0, true);
   const int count = min(min(wanted, p.out.top_stride), row.vocab);
   double total;
   const Cut cut = select.search(0, [&]() -> Target {

@@ -2,83 +2,36 @@
 // No sort of the row: a histogram over all of it finds the bin in which the cut falls, and only
 // what could matter is put into a list and sorted. A bin that is too much for it is divided again.
 //
+// Where the largest logit of each segment is known, segments that hold nothing of what is sought
+// are not read, and a few largest logits need no histogram: the k-th largest of all is no less than
+// the k-th largest of the segments' largest.
+//
 // Weights (probabilities before they are normed) are added as integers, so a sum does not depend on
 // the order of atomic operations, and equal rows get equal tokens.
 #pragma once
 
-#include "cuda/gumbel.cuh"
+#include "cuda/select_records.cuh"
 
 namespace octavo::cuda {
-
-constexpr int kBins = 2048;
-constexpr int kBinBits = 11;
-constexpr int kList = kBins;  // a bin each
-constexpr int kSelectThreads = kBins / 2;
-
-struct SelectShared {
-  uint32_t count[kBins], weight_low[kBins], weight_high[kBins];
-  uint64_t list[kList];
-  uint64_t warp_weight[32];
-  uint32_t warp_count[32];
-  Best warp_best[32];
-  uint32_t listed, key, total_count;
-  int segment;
-  uint64_t total_weight;
-  struct Found {
-    int bin;
-    uint32_t before_count, count;
-    uint64_t before_weight;
-  } found;
-};
-
-// What to look for: the place of the target-th token, or of the one whose weight reaches it.
-struct Target {
-  bool by_weight;
-  uint64_t amount;
-};
-
-// Places between two, in bins of the value or of 2^shift places each.
-struct Range {
-  uint64_t low, high;
-  int shift;
-
-  __device__ bool by_value() const { return shift < 0; }
-  __device__ bool everything() const { return low == 0 && by_value(); }
-  __device__ bool holds(uint64_t place) const { return low <= place && place <= high; }
-  __device__ int bin(uint64_t place) const { return int((high - place) >> shift); }
-  __device__ Range part(int bin) const {
-    const uint64_t size = uint64_t(1) << shift, top = high - (uint64_t(bin) << shift);
-    return {top - low < size ? low : top - size + 1, top, 0};
-  }
-  __device__ void divide() { shift = max(0, 64 - __clzll(high - low) - kBinBits); }
-};
-
-// What is kept: tokens that come at `from` or before; of these, if `last_bin` is one, those up to
-// that bin are a few more than are kept and fit into the list.
-struct Cut {
-  uint64_t from;
-  int last_bin;
-
-  __device__ bool listable() const { return last_bin < kBins; }
-};
 
 template <typename T>
 struct RowSelect {
   const Row<T>& row;
   SelectShared& shared;
   Order order;
-  float largest, smallest;
-  float bins_per_unit;
+  float largest, bins_per_unit;
   float per_unit_high, per_unit_low;  // log2(e) / temperature, in two parts
   bool weighted;
 
   static constexpr float kWeightOne = 0x1p44f;  // kMaxVocab of them fit into 63 bits
 
-  __device__ RowSelect(const Row<T>& row, SelectShared& shared, float largest, float smallest,
-                       double temperature, bool weighted)
-      : row(row), shared(shared), order(row.vocab), largest(largest), smallest(smallest),
+  __device__ RowSelect(const Row<T>& row, SelectShared& shared, const uint32_t* keys, float largest,
+                       float smallest, double temperature, bool weighted)
+      : row(row), shared(shared), order(row.vocab), largest(largest),
         per_unit_high(float(kLog2e / temperature)),
         per_unit_low(float(kLog2e / temperature - per_unit_high)), weighted(weighted) {
+    shared.keys = keys;
+    shared.smallest = smallest;
     // Bins of equal width: most rows are cut within a few units, and few have all so near.
     const float width = fminf(largest - smallest, 16.0f * fmaxf(1.0f, float(temperature)));
     bins_per_unit = fminf(float(kBins - 1) / width, 1e30f);
@@ -114,6 +67,39 @@ struct RowSelect {
       const Group<T> next = row.load(group + kSelectThreads);
       row.visit(group, now, f);
       now = next;
+    }
+  }
+
+  __device__ int segments() const { return (row.vocab + kSegment - 1) / kSegment; }
+
+  // Calls f(group, loaded) for the groups of each segment of whose key holds(key). For all threads
+  // of the block; the groups of a segment are one warp's, which stays in step.
+  template <typename H, typename F>
+  __device__ __forceinline__ void each_segment(H holds, F f) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t* keys = shared.keys;
+    for (int base = warp; base < segments(); base += kSelectThreads) {
+      const int own = base + lane * kSelectWarps;
+      uint32_t left =
+          __ballot_sync(~0u, own < segments() && (keys == nullptr || holds(keys[own])));
+      const auto next_group = [&] {
+        const int at = __ffs(left) - 1;
+        left &= left - 1;
+        return at < 0 ? -1 : (base + at * kSelectWarps) * 32 + lane;
+      };
+      // Registers are too few to load four bytes a logit ahead.
+      constexpr bool kAhead = sizeof(T) < 4;
+      int group = next_group();
+      Group<T> now = row.load(max(group, 0));
+      while (group >= 0) {
+        const int later = next_group();
+        Group<T> next;
+        if constexpr (kAhead) next = row.load(max(later, 0));
+        f(group, now);
+        group = later;
+        if constexpr (kAhead) now = next;
+        else now = row.load(max(later, 0));
+      }
     }
   }
 
@@ -237,30 +223,8 @@ struct RowSelect {
     });
     __syncthreads();
     const int length = shared.listed;
-    sort(length);
+    sort_list(shared, length);
     return length;
-  }
-
-  // Largest first, by a bitonic network (Batcher, 1968) over the next power of two.
-  __device__ void sort(int length) {
-    int size = 32;
-    while (size < length) size *= 2;
-    for (int i = length + threadIdx.x; i < size; i += kSelectThreads) shared.list[i] = 0;
-    __syncthreads();
-    const int i = threadIdx.x;
-    for (int run = 2; run <= size; run *= 2) {
-      for (int by = run / 2; by > 0; by /= 2) {
-        if (i < size / 2) {
-          const int a = 2 * i - (i & (by - 1)), b = a + by;
-          const uint64_t x = shared.list[a], y = shared.list[b];
-          if ((x < y) == ((a & run) == 0)) {
-            shared.list[a] = y;
-            shared.list[b] = x;
-          }
-        }
-        __syncthreads();
-      }
-    }
   }
 
   // The first `length` of the list as bins of one token each.
@@ -289,32 +253,52 @@ struct RowSelect {
   // The tokens at this place or before, by segment.
   __device__ __forceinline__ void row_by_segment(uint64_t from) {
     clear();
-    const int segments = (row.vocab + kSegment - 1) / kSegment;
-    int group = threadIdx.x;  // a warp takes a segment
-    Group<T> now = row.load(group);
-    for (int segment = threadIdx.x / 32; segment < segments; segment += kSelectThreads / 32) {
-      const Group<T> next = row.load(group + kSelectThreads);
+    const auto holds = [&](uint32_t key) { return key >= order.key(from); };
+    each_segment(holds, [&](int group, const Group<T>& loaded) {
       float sum = 0.0f;
-      row.visit(group, now, [&](float x, int id) {
+      row.visit(group, loaded, [&](float x, int id) {
         sum += order.place(x, id) >= from ? ratio(x) : 0.0f;
       });
       for (int by = 16; by > 0; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
       if (threadIdx.x % 32 == 0) {
         const uint64_t w = __float2ull_rn(sum * kWeightOne);
-        shared.weight_low[segment] = uint32_t(w);
-        shared.weight_high[segment] = uint32_t(w >> 32);
+        shared.weight_low[group / 32] = uint32_t(w);
+        shared.weight_high[group / 32] = uint32_t(w >> 32);
       }
-      group += kSelectThreads;
-      now = next;
+    });
+    __syncthreads();
+  }
+
+  // The first k tokens, of those at `from` or before, and some more into the list, in the order of
+  // Order; how many there are, or more than kList: then the list is of no use.
+  __device__ __forceinline__ int list_first(int k, uint64_t from) {
+    clear();
+    for (int i = threadIdx.x; i < segments(); i += kSelectThreads) {
+      shared.list[i] = order.place(shared.keys[i], i);
     }
     __syncthreads();
+    sort_list(shared, segments());
+    const uint64_t least = max(order.first(order.key(shared.list[k - 1])), from);
+    const auto holds = [&](uint32_t key) { return key >= order.key(least); };
+    clear();
+    each_segment(holds, [&](int group, const Group<T>& loaded) {
+      row.visit(group, loaded, [&](float x, int id) {
+        const uint64_t place = order.place(x, id);
+        if (place < least) return;
+        const uint32_t at = atomicAdd(&shared.listed, 1);
+        if (at < kList) shared.list[at] = place;
+      });
+    });
+    __syncthreads();
+    const int length = shared.listed;
+    if (length <= kList) sort_list(shared, length);
+    return length;
   }
 
   // One of the segments that are in the bins, known to all threads.
   __device__ __forceinline__ int draw_segment(const Draw& draw) {
     Best best = Best::none();
-    const int segments = (row.vocab + kSegment - 1) / kSegment;
-    for (int segment = threadIdx.x; segment < segments; segment += kSelectThreads) {
+    for (int segment = threadIdx.x; segment < segments(); segment += kSelectThreads) {
       const uint64_t w = weight_of_bin(segment);
       if (w != 0) best.take(draw.segment_score(log(double(w)), segment), segment);
     }
@@ -347,9 +331,19 @@ struct RowSelect {
 
   // All of what is kept, and what else there is room for, into the list.
   __device__ __forceinline__ int gather(const Cut& cut) {
-    return gather([&](float x, int id) {
-      return bin(x) <= cut.last_bin && (cut.from == 0 || order.place(x, id) >= cut.from);
+    clear();
+    const auto holds = [&](uint32_t key) { return bin(from_ordered(key)) <= cut.last_bin; };
+    each_segment(holds, [&](int group, const Group<T>& loaded) {
+      row.visit(group, loaded, [&](float x, int id) {
+        const uint64_t place = order.place(x, id);
+        if (bin(x) > cut.last_bin || place < cut.from) return;
+        shared.list[atomicAdd(&shared.listed, 1)] = place;
+      });
     });
+    __syncthreads();
+    const int length = shared.listed;
+    sort_list(shared, length);
+    return length;
   }
 
   // Where the target falls among the tokens that come at `from` or before. choose() says what it is
@@ -378,7 +372,7 @@ struct RowSelect {
 
   // What falls into a bin of the first histogram, at `from` or before.
   __device__ Range range_of(int b, uint64_t from) {
-    const uint32_t top = ordered(largest), bottom = ordered(smallest);
+    const uint32_t top = ordered(largest), bottom = ordered(shared.smallest);
     const uint32_t low =
         lowest_key(bottom, top, [&](uint32_t key) { return bin(from_ordered(key)) <= b; });
     Range range{max(order.first(low), from), order.last(top), 0};

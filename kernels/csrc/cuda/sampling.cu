@@ -21,10 +21,16 @@ static_assert(kUnitsOfPart <= kMostUnits);
 // The second kernel's blocks, one a multiprocessor; each takes up to kTeams rows at once.
 constexpr int kFinishBlocks = 128;
 constexpr int kTeams = kSelectThreads / kSegment, kTeamWarps = kSegment / 32;
+// Up to so many first tokens are found by the segments' largest.
+constexpr int kQuickFirst = 256;
 // As octavo.engine.sampler: below it a division would only amplify rounding.
 constexpr float kGreedyBelow = 1e-5f;
 
 enum class Mode { kPadding, kGreedy, kPlain, kNarrowed };
+
+__host__ __device__ constexpr int segments_of(int vocab) {
+  return (vocab + kSegment - 1) / kSegment;
+}
 
 struct Problem {
   Logits logits;
@@ -34,6 +40,7 @@ struct Problem {
   int32_t* kept;
   Part* parts;
   int num_parts, units_of_part;
+  uint32_t* keys;  // of the largest logits of a narrowed row's segments
 };
 
 // What is asked of a row.
@@ -71,6 +78,10 @@ __device__ Request request_of(const Sampling& s, int slot, int vocab) {
   return request;
 }
 
+__device__ uint32_t* keys_of(const Problem& p, int r) {
+  return p.keys + int64_t(r) * segments_of(p.logits.vocab);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 4 ? 4 : 7)
     scan_parts(const Problem p) {
@@ -95,8 +106,9 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 4 ? 4 : 7)
     row.adjust(&adjustment);
   }
   if (part >= p.num_parts) return;
+  uint32_t* keys = request.mode == Mode::kNarrowed ? keys_of(p, r) : nullptr;
   const Part own =
-      request.mode == Mode::kPlain ? scan.drawn(request.draw, first) : scan.largest(first);
+      request.mode == Mode::kPlain ? scan.drawn(request.draw, first) : scan.largest(first, keys);
   const Part found = warp_part(own);
   if (threadIdx.x % 32 == 0) p.parts[r * p.num_parts + part] = found;
 }
@@ -173,7 +185,7 @@ struct Narrowing {
     if (!(held.request.min_p > 0.0f)) return 0;
     const double least = log(double(held.request.min_p)), top = select.largest;
     return select.order.first(select.lowest_key(
-        ordered(select.smallest), ordered(select.largest), [&](uint32_t key) {
+        ordered(held.smallest), ordered(select.largest), [&](uint32_t key) {
           return (double(from_ordered(key)) - top) / held.request.draw.temperature >= least;
         }));
   }
@@ -187,13 +199,21 @@ struct Narrowing {
   __device__ Best run(int32_t* all_kept) {
     uint64_t from = after_min_p();
     bool counts = held.request.top_k > 0;
+    if (counts && held.request.top_k <= min(kQuickFirst, select.segments())) {
+      const int listed = select.list_first(held.request.top_k, from);
+      if (listed <= kList) return from_list(min(listed, held.request.top_k), true, 0, all_kept);
+    }
     while (counts || held.request.top_p < 1.0f) {
       const Cut cut = select.search(from, [&]() -> Target {
         counts = counts && uint32_t(held.request.top_k) < select.shared.total_count;
         if (counts) return {false, uint64_t(held.request.top_k)};
         return held.request.top_p < 1.0f ? share(select.shared.total_weight) : Target{};
       });
-      if (cut.listable()) return from_list(cut, counts, all_kept);
+      if (cut.listable()) {
+        const uint64_t whole = select.shared.total_weight;
+        const int listed = select.gather(cut);
+        return from_list(counts ? held.request.top_k : listed, counts, whole, all_kept);
+      }
       from = cut.from;
       if (!counts) break;
       counts = false;
@@ -202,14 +222,11 @@ struct Narrowing {
     return from_row(from);
   }
 
-  // All that may be kept fits into the list.
-  __device__ Best from_list(const Cut& cut, bool counts, int32_t* all_kept) {
-    uint64_t whole = select.shared.total_weight;
-    int kept = select.gather(cut);
-    if (counts) kept = held.request.top_k;
+  // All that may be kept comes first in the list; its weight is `whole`, or to be found.
+  __device__ Best from_list(int kept, bool weigh, uint64_t whole, int32_t* all_kept) {
     if (held.request.top_p < 1.0f) {
       select.list_as_bins(kept);
-      if (counts) {
+      if (weigh) {
         select.total();
         whole = select.shared.total_weight;
       }
@@ -253,8 +270,8 @@ __device__ Row<T> held_row(const Problem& p, const Held& held) {
 template <typename T>
 __device__ void narrow(const Problem& p, const Held& held, SelectShared& shared) {
   const Row<T> row = held_row<T>(p, held);
-  Narrowing<T> narrowing{{row, shared, held.largest, held.smallest, held.request.draw.temperature,
-                          held.request.top_p < 1.0f},
+  Narrowing<T> narrowing{{row, shared, keys_of(p, held.r), held.largest, held.smallest,
+                          held.request.draw.temperature, held.request.top_p < 1.0f},
                          held};
   const Best best = block_best(narrowing.run(p.kept), shared.warp_best);
   if (threadIdx.x < 32) emit(p, held, ending_of(p, held.request.slot), best.id);
@@ -351,15 +368,18 @@ void launch_both(const Problem& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t sample_workspace(int rows, int vocab) {
-  return rows == 0 ? 0 : int64_t(rows) * parts_of(rows, vocab).count * sizeof(Part);
+  if (rows == 0) return 0;
+  return int64_t(rows) * (parts_of(rows, vocab).count * sizeof(Part) +
+                          segments_of(vocab) * sizeof(uint32_t));
 }
 
 void sample(const Logits& logits, const Sampling& sampling, const Ends& ends, int32_t* tokens,
             int32_t* kept, void* workspace, cudaStream_t stream) {
   if (logits.rows == 0) return;
   const Parts parts = parts_of(logits.rows, logits.vocab);
-  const Problem p{logits, sampling, ends, tokens, kept, static_cast<Part*>(workspace),
-                  parts.count, parts.units};
+  Part* all = static_cast<Part*>(workspace);
+  uint32_t* keys = reinterpret_cast<uint32_t*>(all + int64_t(logits.rows) * parts.count);
+  const Problem p{logits, sampling, ends, tokens, kept, all, parts.count, parts.units, keys};
   if (logits.dtype == DType::kFloat32) launch_both<float>(p, stream);
   else if (logits.dtype == DType::kBFloat16) launch_both<__nv_bfloat16>(p, stream);
   else launch_both<__half>(p, stream);

@@ -83,7 +83,8 @@ struct SegmentScan {
     return loaded;
   }
 
-  __device__ __forceinline__ Part largest(Unit<T> now) {
+  // The segments' own largest logits go to `keys`, if it is not null.
+  __device__ __forceinline__ Part largest(Unit<T> now, uint32_t* keys) {
     Best best = Best::none();
     float largest = -INFINITY, smallest = INFINITY;
     const auto take = [&](float x, int segment) {
@@ -91,16 +92,21 @@ struct SegmentScan {
         largest = x;
         best.id = segment;
       }
+      if (keys == nullptr) return;
+      const uint32_t key = __reduce_max_sync(~0u, ordered(x));
+      if (threadIdx.x % 32 == 0 && segment * kSegment < row.vocab) keys[segment] = key;
     };
     each_unit(now, [&](int unit, const Unit<T>& loaded) {
       const int segment = unit * kUnitSegments;
       if (!row.simple()) {
 #pragma unroll 1
         for (int k = 0; k < kUnitSegments; ++k) {
+          float most = -INFINITY;
           each_token(group_of(unit, k), [&](float x) {
-            take(x, segment + k);
+            most = fmaxf(most, x);
             smallest = fminf(smallest, x);
           });
+          take(most, segment + k);
         }
         return;
       }
