@@ -21,6 +21,7 @@ from octavo.models.moe import mixture
 from octavo.models.parameters import parameter_shapes
 from octavo.models.rope import rope_table
 from octavo.models.spec import DecoderSpec, LayerSpec
+from octavo.models.stack import is_uniform, new_stack
 from octavo_kernels import ops
 
 Parameters = dict[str, torch.Tensor]
@@ -101,14 +102,47 @@ class Decoder:
         self._few_rows, self._many_rows = (FEW_ROWS, MANY_ROWS) if plain else (0, sys.maxsize)
         self._head_norms = [self._head_norm(f"layers.{i}.") for i in range(spec.num_layers)]
         self._matched = False
+        self._uniform = plain and is_uniform(spec)
+        # By where the cache lies; kept, because graphs have the addresses of what they hold.
+        self._stacks: dict[tuple[object, ...], ops.LayerStack | None] = {}
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """Logits (float32) of `batch.logit_rows`, all at once; see `hidden`."""
         return self.logits(self.hidden(batch, kv_cache))
 
     def hidden(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
-        """The last layer's normed output of `batch.logit_rows`; what `body` and `tail` do."""
+        """The last layer's normed output of `batch.logit_rows`; what `body` and `tail` do, or for
+        few decodes one kernel.
+        """
+        rows = len(batch.positions)
+        if self._uniform and rows == batch.num_decodes == len(batch.seq_lens):
+            stack = self._stack(kv_cache) if rows <= self._few_rows else None
+            if stack is not None and rows <= stack.rows:
+                return self._decode_at_once(stack, batch)
         return self.tail(self.body(batch, kv_cache), batch.logit_rows)
+
+    def _decode_at_once(self, stack: ops.LayerStack, batch: Batch) -> torch.Tensor:
+        residual, rows = self._embed(batch), batch.logit_rows
+        ops.decode_layers(
+            stack,
+            residual,
+            batch.positions,
+            batch.slots[0],
+            batch.seq_lens,
+            batch.block_tables[0],
+        )
+        return self._norm("norm", residual if rows is None else residual[rows])
+
+    def _stack(self, kv_cache: torch.Tensor) -> ops.LayerStack | None:
+        """All layers for the kernel that runs them at once, if there is one."""
+        if ops.implementation(kv_cache.device, kv_cache.dtype) != "cuda":
+            return None
+        key = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.dtype)
+        if key not in self._stacks:
+            planes = kv_cache.view(-1, *kv_cache.shape[2:]).unbind()
+            (table,) = self._rope_tables.values()
+            self._stacks[key] = new_stack(self.spec, self.parameters, planes, table)
+        return self._stacks[key]
 
     def body(self, batch: Batch, kv_cache: torch.Tensor) -> Attended:
         """All that has to be done for every token of the batch: up to the last layer's attention.
