@@ -124,9 +124,10 @@ def test_graphs_give_the_tokens_of_the_same_operations_one_by_one(checkpoint, nu
     blocks = 8 * num_seqs
     captured = gpu_runner(checkpoint, blocks, max_num_seqs=24)
     eager = gpu_runner(checkpoint, blocks, max_num_seqs=24, enforce_eager=True)
-    before = ops.calls["paged_attention", "cuda"]
+    before = ops.calls.copy()
     tokens = decode(captured, num_seqs, 30, longest=1)  # a prompt of one token is a decode
-    assert ops.calls["paged_attention", "cuda"] > before
+    ran = ops.calls - before
+    assert ran["paged_attention", "cuda"] or ran["decode_layers", "cuda"]  # the latter: few rows
     assert list(graphs(captured)._graphs) == [num_seqs]
     assert tokens == decode(eager, num_seqs, 30, longest=1)
     assert decode(captured, num_seqs, 30, longest=1) == tokens
