@@ -99,7 +99,8 @@ class Decoder:
         on_gpu = device.type == "cuda"
         self._product = ops.linear if on_gpu else linear
         plain = on_gpu and _is_plain(spec)
-        self._few_rows, self._many_rows = (FEW_ROWS, MANY_ROWS) if plain else (0, sys.maxsize)
+        # Not even none are few for other layers: a step may want nobody's logits.
+        self._few_rows, self._many_rows = (FEW_ROWS, MANY_ROWS) if plain else (-1, sys.maxsize)
         self._head_norms = [self._head_norm(f"layers.{i}.") for i in range(spec.num_layers)]
         self._matched = False
         self._uniform = plain and is_uniform(spec)
