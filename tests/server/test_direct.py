@@ -268,6 +268,9 @@ def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) 
                 if served.ended.is_set():
                     break
                 await asyncio.sleep(0.01)
+            assert served.writer is not None
+            await asyncio.sleep(0)
+            assert served.writer._transport.get_write_buffer_size() == 0, "its socket is held"
         assert served.generation.engine.aborted == [("cmpl-1-0", 0)]  # type: ignore[attr-defined]
 
     run(work())
@@ -289,6 +292,47 @@ def test_a_client_that_leaves_ends_its_request(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING):
         run(work())
     assert not caplog.records
+
+
+def test_a_client_that_ends_its_side_reads_on_without_a_gap() -> None:
+    async def work() -> None:
+        served = Served(generation())
+        source = served.generation
+        async with connected(served) as (reader, writer):
+            sent = 0
+            while served.writer is None or served.writer._transport.get_write_buffer_size() < 8192:
+                await fed(source, TOKENS[:20], None)
+                sent += 1
+            writer.write_eof()
+            while not served.writer._transport.is_closing():
+                await asyncio.sleep(0.001)
+            await fed(source, TOKENS)
+            found = events(await body(reader))
+        assert text_of(found) == TOKENIZER.decode(TOKENS[:20] * sent + TOKENS)
+
+    run(work())
+
+
+def test_a_failure_that_is_no_exception_stays_with_its_stream() -> None:
+    class Panic(BaseException):
+        """As the tokenizer's back end raises, when it has a bug."""
+
+    def breaks(_: list[Delta]) -> bool:
+        raise Panic
+
+    async def work() -> None:
+        source = generation()
+        arrive(source.mailbox, [30])
+        task = asyncio.ensure_future(source.forward(lambda _: True))
+        broken = asyncio.ensure_future((other := generation()).forward(breaks))
+        await asyncio.sleep(0)
+        arrive(other.mailbox, [30])  # in the turn that serves all streams
+        arrive(source.mailbox, [31], "length")
+        await task
+        with pytest.raises(Panic):
+            await broken
+
+    run(work())
 
 
 def test_old_http_has_no_chunks() -> None:

@@ -25,10 +25,15 @@ class DirectWriter:
 
     def write(self, body: bytes) -> bool:
         """Write one chunk; False if the socket takes no more for now, or never again."""
-        if self._transport.is_closing():
+        # One that closes first sends what waits in it, and ASGI goes on writing: so must this.
+        if self._transport.is_closing() and not self._transport.get_write_buffer_size():
             return False
         self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return not self._flow.write_paused
+
+    def abort(self) -> None:
+        """Drop the connection with what its client does not read: closing would wait for that."""
+        self._transport.abort()
 
 
 class DirectProtocol(H11Protocol):
@@ -48,6 +53,14 @@ class DirectProtocol(H11Protocol):
 
 def direct_writer(scope: Scope) -> DirectWriter | None:
     """The way to the client's socket; None where bodies have no chunks or another server runs."""
-    if scope.get("http_version") != "1.1":
-        return None
+    return _writer(scope) if scope.get("http_version") == "1.1" else None
+
+
+def hang_up(scope: Scope) -> None:
+    """End the connection at once, for a client that does not read."""
+    if (writer := _writer(scope)) is not None:
+        writer.abort()
+
+
+def _writer(scope: Scope) -> DirectWriter | None:
     return cast("DirectWriter | None", scope.get("extensions", {}).get(_EXTENSION))

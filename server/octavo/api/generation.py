@@ -214,8 +214,8 @@ class Generation:
             try:
                 deltas = self._accept_all(self.mailbox.empty())
                 goes_on = take(deltas) if deltas else True
-            except Exception as error:
-                ended.set_exception(error)
+            except BaseException as error:  # such as a panic of the tokenizer's back end
+                ended.set_exception(error)  # raised in the task of this stream, not in the loop's
                 return
             if not (goes_on and self._unfinished):
                 ended.set_result(None)

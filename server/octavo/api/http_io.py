@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.api.direct import DirectWriter, direct_writer
+from octavo.api.direct import DirectWriter, direct_writer, hang_up
 from octavo.api.errors import ApiError
 from octavo.api.generation import Delta, Generation
 from octavo.api.limits import BODY_TIMEOUT_S, LARGE_BODY_BYTES, MAX_BODY_BYTES, SEND_STALL_S
@@ -119,6 +119,7 @@ class StreamResponse(Response):
             await unless_disconnected(receive, self._run(scope, receive, send))
         except TimeoutError:
             log.warning("gave up a client that did not read for %g s", SEND_STALL_S)
+            hang_up(scope)
         finally:
             self._generation.close()
 
