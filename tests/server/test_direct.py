@@ -19,6 +19,7 @@ import uvicorn
 import zmq
 from api_server import MODEL
 from fastapi import FastAPI
+from starlette.responses import Response
 
 from octavo import wire
 from octavo.api import http_io
@@ -31,6 +32,7 @@ from octavo.api.requests import StreamOptions
 from octavo.api.server import _listen
 from octavo.api.sse import ChatForm, CompletionForm
 from octavo.errors import ConfigError
+from octavo.logprobs import TokenLogprobs
 from octavo.metrics import Metrics
 from octavo.params import SamplingParams
 from octavo.text.tokenizer import Tokenizer
@@ -276,6 +278,25 @@ def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     run(work())
 
 
+def test_a_stream_behind_an_unread_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_io, "SEND_STALL_S", 0.2)
+
+    async def work() -> None:
+        served = Served(generation())
+        answers = [Response(b"x" * 1_000_000), served.app]
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await answers.pop(0)(scope, receive, send)
+
+        async with connected(served, app=app) as (_, writer):
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+            arrive(served.generation.mailbox, [30])
+            await asyncio.wait_for(served.ended.wait(), 5)
+        assert served.generation.engine.aborted == [("cmpl-1-0", 0)]  # type: ignore[attr-defined]
+
+    run(work())
+
+
 def test_a_client_that_leaves_ends_its_request(caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         served = Served(generation())
@@ -441,6 +462,27 @@ def test_a_mailbox_keeps_what_comes_while_nobody_reads() -> None:
         arrive(source.mailbox, [33], "length")
         rest = [d async for batch in source.deltas() for d in batch]
         assert [d.finish_reason for d in rest] == ["length"]
+
+    run(work())
+
+
+def test_what_waited_for_a_slow_reader_is_put_together_in_linear_time() -> None:
+    """Or the one turn of the loop that does it stops every other stream."""
+    found = TokenLogprobs(30, -1.0, 1, [], [])
+
+    async def work() -> None:
+        source = generation(samples=2, logprobs=0)
+        for place in range(40_000):
+            output = TokenOutput("cmpl-1-0", [30], logprobs=[found], index=place % 2)
+            source.mailbox.put(Arrival(place % 2, output, time.monotonic()))
+        taken: list[Delta] = []
+        begin = time.process_time()
+        await source.forward(lambda deltas: taken.extend(deltas) or False)  # type: ignore[func-returns-value]
+        assert time.process_time() - begin < 1
+        assert [d.index for d in taken] == [0, 1]
+        for delta in taken:
+            assert delta.text == TOKENIZER.decode([30]) * 20_000
+            assert [p.offset for p in delta.logprobs] == list(range(20_000))
 
     run(work())
 

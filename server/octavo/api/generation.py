@@ -310,14 +310,16 @@ class Generation:
 
 
 def _merged(deltas: list[Delta]) -> list[Delta]:
-    merged: dict[int, Delta] = {}
+    of_choices: dict[int, list[Delta]] = {}
     for delta in deltas:
-        before = merged.get(delta.index)
-        merged[delta.index] = (
-            delta
-            if before is None
-            else msgspec.structs.replace(
-                delta, text=before.text + delta.text, logprobs=before.logprobs + delta.logprobs
-            )
-        )
-    return list(merged.values())
+        of_choices.setdefault(delta.index, []).append(delta)
+    return [_joined(of_choice) for of_choice in of_choices.values()]
+
+
+def _joined(deltas: list[Delta]) -> Delta:
+    """One choice's deltas as one: thousands of them, where a client reads slowly."""
+    if len(deltas) == 1:
+        return deltas[0]
+    text = "".join([delta.text for delta in deltas])
+    placed = tuple([p for delta in deltas for p in delta.logprobs])
+    return msgspec.structs.replace(deltas[-1], text=text, logprobs=placed)

@@ -138,7 +138,8 @@ class StreamResponse(Response):
         if self._started:
             await self._send(send, error_event(failure.body()) + DONE, more=False)
         else:
-            await failure.response()(scope, receive, send)
+            async with asyncio.timeout(SEND_STALL_S):
+                await failure.response()(scope, receive, send)
 
     async def _stream(self, send: Send, direct: DirectWriter | None) -> None:
         async with aclosing(self._generation.deltas()) as batches:
@@ -165,7 +166,11 @@ class StreamResponse(Response):
     async def _start(self, send: Send) -> None:
         if not self._started:
             self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            # An earlier answer on the same connection may still wait to be read.
+            async with asyncio.timeout(SEND_STALL_S):
+                await send(
+                    {"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS}
+                )
 
     @staticmethod
     async def _send(send: Send, body: bytes, *, more: bool) -> None:
