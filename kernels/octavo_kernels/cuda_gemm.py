@@ -40,7 +40,7 @@ def linear(
     if profile.deterministic:
         return cuda_lt.fixed_product(x, weight, bias, out)
     if not ours:
-        result = cuda_lt.product(x, weight, bias, out) if _lt_takes(x, weight) else None
+        result = cuda_lt.product(x, weight, bias, out) if lt_takes(x, weight) else None
         if result is None and out is not None:
             raise Unfused
         return functional.linear(x, weight, bias) if result is None else result
@@ -81,7 +81,7 @@ def linear_add(
         skinny_gemm(x, weight, bias, residual, epilogue=_ADD, ahead=ahead)
         return
     many = not takes_few_rows(*x.shape) and not profile.deterministic
-    if not (many and _lt_takes(x, weight) and cuda_lt.add_product(x, weight, bias, residual)):
+    if not (many and lt_takes(x, weight) and cuda_lt.add_product(x, weight, bias, residual)):
         raise Unfused
 
 
@@ -173,7 +173,7 @@ def _skinny_serves(
     )
 
 
-def _lt_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def lt_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """The library was promised aligned rows, of the result too."""
     return _aligned(x, weight) and len(weight) * weight.element_size() % _ALIGNMENT == 0
 

@@ -45,7 +45,7 @@ def tune_products(weights: Iterable[Weight], rows: Sequence[int]) -> int:
     """Search for each size of weight (with its bias) and number of rows; returns how many sizes
     were timed, none where all were known. Not while a graph is captured.
     """
-    listed = list(weights)
+    listed = [(w, bias) for w, bias in weights if cuda_gemm.lt_takes(w, w)]
     groups: dict[Size, list[Weight]] = {}
     for weight, bias in listed:
         groups.setdefault(_of(weight, bias, 0), []).append((weight, bias))
@@ -54,7 +54,8 @@ def tune_products(weights: Iterable[Weight], rows: Sequence[int]) -> int:
     device = listed[0][0].device
     if profile.tuning_folder is not None:
         for size, algorithm in cuda_tuning_file.read(profile.tuning_folder, device).items():
-            cuda_lt.found.setdefault(size, algorithm)
+            if size not in cuda_lt.found:
+                cuda_lt.keep(size, algorithm)
     timed = 0
     with _own_stream(device):
         for count in rows:

@@ -6,10 +6,11 @@ costs a log line, never a start.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
-import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def add(folder: Path, device: torch.device, found: Mapping[Size, bytes | None]) 
         {"size": list(size), "algorithm": None if algorithm is None else algorithm.hex()}
         for size, algorithm in sorted((_parse(file) | dict(found)).items())
     ]
-    part = file.with_suffix(f".{os.getpid()}.part")
+    # By no process id: pods that share the folder may have the same.
+    part = file.with_suffix(f".{uuid.uuid4().hex}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps({"format": _FORMAT, "found": rows}), encoding="utf-8")
@@ -56,6 +58,8 @@ def add(folder: Path, device: torch.device, found: Mapping[Size, bytes | None]) 
     except OSError as error:
         _refused.add(file)
         logger.info("%s is not written, the next start searches again: %s", file, error)
+        with contextlib.suppress(OSError):  # nor what a full disk left of it
+            part.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -143,6 +143,35 @@ def test_a_next_start_searches_nothing(tmp_path, monkeypatch) -> None:
         ops.keep_tuning(None)
 
 
+def test_what_a_file_tells_holds_for_sizes_that_were_asked_for_before(
+    tmp_path, monkeypatch
+) -> None:
+    """As those of the largest step, which is rehearsed before anything is searched."""
+    monkeypatch.setattr(cuda_tuning_file, "_file", lambda folder, device: folder / "products.json")
+    x = torch.ones(600, K, dtype=torch.bfloat16)
+    [(weight, _), *_] = weights()
+    known = cuda_lt.size_of(x, weight, None)._replace(rows=640)
+    cuda_tuning_file.add(tmp_path, x.device, {known: OFFERED[0]})
+    Library(monkeypatch, times(1, *[0.5] * 6))
+    assert cuda_lt.algorithm_of(known._replace(rows=600)) is None
+    ops.keep_tuning(tmp_path)
+    try:
+        assert cuda_tune.tune_products(weights(), [640]) == 0
+    finally:
+        ops.keep_tuning(None)
+    assert cuda_lt.algorithm_of(known._replace(rows=600)) == OFFERED[0]
+
+
+def test_sizes_that_the_library_is_never_given_keep_our_kernel(monkeypatch) -> None:
+    """GPT-2's vocabulary, a gate of one row: what wins there would only drive our kernel out."""
+    library = Library(monkeypatch, times(1, *[0.01] * 6))
+    odd = [(torch.ones(n, K, dtype=torch.bfloat16), None) for n in (1, 50257, 60) for _ in "ab"]
+    assert cuda_tune.tune_products(odd, [8]) == 0
+    assert cuda_tune.tune_products(weights() + odd, [8]) == 1
+    assert len(library.compared) == 1
+    assert len(cuda_lt.found) == 1
+
+
 def test_weights_that_make_the_cache_cold() -> None:
     each = weights(5)
     size = each[0][0].nbytes

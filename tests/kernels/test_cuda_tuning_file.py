@@ -1,6 +1,7 @@
 """What a search found, kept for the next start."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +88,36 @@ def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path, caplog) -> None:
             cuda_tuning_file.add(tmp_path / "file" / "folder", GPU, {SIZE: None})
     written = [record for record in caplog.records if "is not written" in record.getMessage()]
     assert len(written) == 1
+
+
+def test_pods_that_write_at_the_same_time_leave_a_whole_file(tmp_path, monkeypatch, caplog) -> None:
+    """Of a shared folder; in containers both may even have the same process id."""
+    mine, others = {SIZE: bytes(64)}, {SIZE._replace(n=8): None}
+    real, inner = Path.write_text, []
+
+    def write_text(file, *args, **named):
+        written = real(file, *args, **named)
+        if not inner:
+            inner.append(file)
+            cuda_tuning_file.add(tmp_path, GPU, others)
+        return written
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with caplog.at_level("INFO"):
+        cuda_tuning_file.add(tmp_path, GPU, mine)
+    assert not caplog.records
+    assert cuda_tuning_file.read(tmp_path, GPU) == mine
+    cuda_tuning_file.add(tmp_path, GPU, others)  # as every later find does
+    next_process()
+    assert cuda_tuning_file.read(tmp_path, GPU) == mine | others
+    assert [file.name for file in tmp_path.iterdir()] == ["products.json"]
+
+
+def test_a_full_disk_keeps_no_part_of_a_file(tmp_path, monkeypatch) -> None:
+    def write_text(file, *args, **named):
+        file.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    cuda_tuning_file.add(tmp_path, GPU, {SIZE: None})
+    assert not list(tmp_path.iterdir())
