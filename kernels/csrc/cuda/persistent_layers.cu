@@ -161,13 +161,14 @@ int attribute(cudaDeviceAttr which) {
 }
 
 struct Device {
-  int multiprocessors, shared, capability;
+  int multiprocessors, shared, capability, mps;
 };
 
 const Device& device() {
   static const Device device{attribute(cudaDevAttrMultiProcessorCount),
                              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                             attribute(cudaDevAttrComputeCapabilityMajor)};
+                             attribute(cudaDevAttrComputeCapabilityMajor),
+                             attribute(cudaDevAttrMpsEnabled)};
   return device;
 }
 
@@ -205,8 +206,10 @@ Task task_of(const LayerStack& stack, int64_t rows) {
   return task;
 }
 
+// Under MPS another process's blocks run beside ours: two such kernels, each on some of the
+// multiprocessors, would wait for each other until both end in an error.
 bool serves(const LayerStack& stack) {
-  return device().capability == 9 && stack.dtype != DType::kFloat32 &&
+  return device().capability == 9 && device().mps == 0 && stack.dtype != DType::kFloat32 &&
          (stack.dim == 64 || stack.dim == 128) && stack.heads > 0 && stack.kv_heads > 0 &&
          stack.heads % stack.kv_heads == 0 && stack.heads / stack.kv_heads <= kMostGroup &&
          stack.num_layers > 0 && stack.hidden > 0 && stack.hidden % kGroup == 0 &&

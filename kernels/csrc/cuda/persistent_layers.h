@@ -55,7 +55,8 @@ struct DecodeRows {
 
 constexpr int kPersistentRows = 8;  // at most, where shared memory suffices
 
-// How many rows the current device's kernel takes; 0: there is none for these sizes or this device.
+// How many rows the current device's kernel takes; 0: there is none for these sizes or this device,
+// or other processes share it by MPS.
 int64_t persistent_rows(const LayerStack& stack);
 
 // Bytes of the workspace, which is zero before the first launch and then the kernel's own. One
