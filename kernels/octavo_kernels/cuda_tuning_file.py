@@ -1,7 +1,7 @@
 """What was found fastest on a kind of GPU, kept for the next start.
 
-One JSON file for each GPU, driver and version of cuBLASLt. A file that cannot be read or written
-costs a log line, never a start.
+One JSON file for each GPU, driver, version of cuBLASLt and set of kernels that was tried. A file
+that cannot be read or written costs a log line, never a start.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 import octavo_kernels._cuda as _cuda
+from octavo_kernels import cuda_stream
 from octavo_kernels.cuda_lt import Size
 
 # Of what is in the file and of how it was found: another's is not used.
@@ -62,12 +64,17 @@ def add(folder: Path, device: torch.device, found: Mapping[Size, bytes | None]) 
             part.unlink(missing_ok=True)
 
 
-@functools.cache
 def _file(folder: Path, device: torch.device) -> Path:
+    tried = "" if cuda_stream.stream_from == sys.maxsize else "-stream"
+    return folder / f"products-{_machine(device)}{tried}.json"
+
+
+@functools.cache
+def _machine(device: torch.device) -> str:
     report = _cuda.device_report(device.index or 0)
     kind = str(report["name"]).replace(" ", "-").replace("/", "-")
     driver, library = report["driver_version"], _cuda.lt_version()
-    return folder / f"products-{kind}-driver-{driver}-cublaslt-{library}.json"
+    return f"{kind}-driver-{driver}-cublaslt-{library}"
 
 
 def _parse(file: Path) -> Found:

@@ -19,6 +19,7 @@ import test_cuda_moe as moe
 import test_cuda_persistent as persistent
 import test_cuda_prefill as prefill
 import test_cuda_sampling as sampling
+import test_cuda_stream_gemm as stream
 import torch
 from gpu import needs_gpu_kernels
 
@@ -74,6 +75,11 @@ def gated_products(dtype: torch.dtype) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gated.cuda_gemm, "gated_from", 1)
         gated.test_gated_products(384, 320, 257, dtype)
+
+
+def shared_products(dtype: torch.dtype, width: int) -> None:
+    """Tiles that are cut and whole, of which the last is mostly empty; two tiles of rows."""
+    stream.test_cuts(576, 192, 5, width, dtype)
 
 
 def layers_in_one(dtype: torch.dtype, dim: int) -> None:
@@ -153,6 +159,12 @@ CASES = [
     case("adjusted draws", sampling.test_adjustments_and_what_they_count),
     case("blocks moved", swap_and_copy),
     case("state of the batch", state_of_the_batch),
+    *(
+        case(f"{t} shares of {w} rows", shared_products, t, w)
+        for t in DTYPES
+        for w in (32, 64, 128, 192, 256)
+        if prefill.HOPPER
+    ),
     # Last: who waits in vain, as slow tools may have it, ends all that his process could do.
     *(case(f"{t} layers of {d}", layers_in_one, t, d) for t in DTYPES for d in (64, 128)),
 ]

@@ -8,18 +8,17 @@
 // both blocks have left it, as either's copies write to both.
 #include "cuda/gated_gemm.h"
 
+#include "cuda/cluster.cuh"
 #include "cuda/launch.h"
+#include "cuda/tensor_map.h"
 #include "cuda/vector.cuh"
 #include "cuda/warpgroup.cuh"
-
-#include <cuda.h>
 
 #include <algorithm>
 
 namespace octavo::cuda {
 namespace gated {
 
-constexpr int kCluster = 2;
 constexpr int kRows = 128, kHalf = 128, kDepth = 64;  // of x, of each half of w, columns a stage
 constexpr int kRowBytes = kDepth * 2;                 // the swizzle's width
 constexpr int kXBytes = kRows * kRowBytes, kHalfBytes = kHalf * kRowBytes;
@@ -30,78 +29,12 @@ constexpr int kComputing = 256, kThreads = kComputing + 128;
 constexpr int kSharedBytes = kStages * (kStageBytes + 16);
 constexpr int kTiles = 2 * kHalf / 8;  // of 8 columns, of a thread's results
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define OCTAVO_CLUSTER __cluster_dims__(kCluster, 1, 1)
-#else
-#define OCTAVO_CLUSTER
-#endif
-
 struct Task {
   void* out;
   int rows, inner, steps;
   int pairs;  // of tiles of rows
   int total;  // what clusters have to do: pairs times tiles of columns
 };
-
-__device__ __forceinline__ uint32_t rank_in_cluster() {
-  uint32_t rank = 0;
-#if OCTAVO_HAS_WARPGROUPS
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-
-// Among all threads of the cluster; what was written before is seen after.
-__device__ __forceinline__ void sync_cluster() {
-#if OCTAVO_HAS_WARPGROUPS
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;"
-               ::: "memory");
-#endif
-}
-
-// At the same barrier of block `rank`.
-__device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t rank) {
-#if OCTAVO_HAS_WARPGROUPS
-  asm volatile(
-      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-#endif
-}
-
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
-#if OCTAVO_HAS_WARPGROUPS
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::
-                   "r"(barrier),
-               "r"(bytes)
-               : "memory");
-#endif
-}
-
-// A box of the matrix from (column, row) on, to this block's shared memory.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
-                                         uint32_t barrier) {
-#if OCTAVO_HAS_WARPGROUPS
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-#endif
-}
-
-// The same to both blocks, each of whose barriers at that place hears of it.
-__device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap* map, int column,
-                                                 int row, uint32_t barrier) {
-#if OCTAVO_HAS_WARPGROUPS
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t((1 << kCluster) - 1))
-      : "memory");
-#endif
-}
 
 // Clusters take tiles in turn: first all rows of x by the same rows of w, which are read once then,
 // while x stays in the L2 cache.
@@ -117,8 +50,8 @@ struct Turns {
   __device__ int column() const { return at / pairs * kHalf; }
 };
 
-__device__ __forceinline__ void copy_tiles(const CUtensorMap& x, const CUtensorMap& w, const Task& task,
-                           const Ring& ring) {
+__device__ __forceinline__ void copy_tiles(const CUtensorMap& x, const CUtensorMap& w,
+                                           const Task& task, const Ring& ring) {
   const uint32_t rank = rank_in_cluster();
   RingPosition at;
   for (Turns turns(task); turns.in(); turns.next()) {
@@ -184,22 +117,6 @@ __device__ __forceinline__ void multiply(float (&d)[kTiles][4], uint64_t a, uint
 #undef OCTAVO_64
 #undef OCTAVO_16
 #undef OCTAVO_4
-
-// Lane t of four has part t of four vectors of 16 bytes; now all of vector t.
-__device__ __forceinline__ void transpose_among_four(uint32_t (&v)[4]) {
-#pragma unroll
-  for (int apart = 1; apart <= 2; apart *= 2) {
-    const bool upper = threadIdx.x & apart;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int low = apart == 1 ? 2 * i : i, high = low + apart;
-      const uint32_t given = upper ? v[low] : v[high];
-      const uint32_t got = __shfl_xor_sync(~0u, given, apart);
-      v[low] = upper ? got : v[low];
-      v[high] = upper ? v[high] : got;
-    }
-  }
-}
 
 // As activation.cuh's, by the fast division: while a tile is stored, nothing is multiplied.
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
@@ -287,27 +204,7 @@ __global__ void OCTAVO_CLUSTER __launch_bounds__(kThreads, 1)
 #endif
 }
 
-#undef OCTAVO_CLUSTER
-
 namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's library is not linked, see cuda.cmake.
-Encode encoder() {
-  static const Encode found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                           cudaEnableDefault, &result),
-          "cudaGetDriverEntryPointByVersion");
-    if (result != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
-    }
-    return reinterpret_cast<Encode>(function);
-  }();
-  return found;
-}
 
 // Boxes of `box_rows` rows of a stage's columns; beyond the matrix they are zeros.
 CUtensorMap map_of(DType dtype, const void* matrix, int64_t rows, int64_t columns, int64_t stride,
@@ -318,7 +215,7 @@ CUtensorMap map_of(DType dtype, const void* matrix, int64_t rows, int64_t column
   const cuuint32_t box[2] = {kDepth, cuuint32_t(box_rows)}, each[2] = {1, 1};
   const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encoder()(
+  const CUresult result = tensor_map_encoder()(
       &map, type, 2, const_cast<void*>(matrix), sizes, strides, box, each,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

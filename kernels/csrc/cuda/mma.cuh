@@ -69,6 +69,22 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(both);
 }
 
+// Lane t of four has part t of four vectors of 16 bytes; now all of vector t.
+__device__ __forceinline__ void transpose_among_four(uint32_t (&v)[4]) {
+#pragma unroll
+  for (int apart = 1; apart <= 2; apart *= 2) {
+    const bool upper = threadIdx.x & apart;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int low = apart == 1 ? 2 * i : i, high = low + apart;
+      const uint32_t given = upper ? v[low] : v[high];
+      const uint32_t got = __shfl_xor_sync(~0u, given, apart);
+      v[low] = upper ? got : v[low];
+      v[high] = upper ? v[high] : got;
+    }
+  }
+}
+
 // 2^x to two units in the last place; 0 for -inf.
 __device__ __forceinline__ float power_of_two(float x) {
   float y;

@@ -17,6 +17,7 @@ void bind_moe(py::module_& m);
 void bind_persistent(py::module_& m);
 void bind_prefill(py::module_& m);
 void bind_sampling(py::module_& m);
+void bind_stream(py::module_& m);
 
 }  // namespace octavo::cuda
 
@@ -32,4 +33,5 @@ PYBIND11_MODULE(_cuda, m) {
   octavo::cuda::bind_persistent(m);
   octavo::cuda::bind_prefill(m);
   octavo::cuda::bind_sampling(m);
+  octavo::cuda::bind_stream(m);
 }

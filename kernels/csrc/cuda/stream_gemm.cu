@@ -1,0 +1,451 @@
+// A tile is 256 rows of w by `width` rows of x. Two blocks, a cluster, make it: each reads its own
+// 128 rows of w, and half of x's rows for both. w is the product's first operand, because its
+// rows are many; the result is turned on its way out.
+//
+// The last warpgroup's first thread has the tensor memory accelerator fill a ring of stages; the
+// other two warpgroups multiply, 64 rows of w each. w does not depend on the kernels ahead: the
+// ring's part of it is on its way before they have ended.
+//
+// Where x has several tiles of rows, as many clusters walk along the same share of w at the same
+// time: it is read from memory once. For narrow tiles, which memory bounds, a block takes half of
+// a multiprocessor, so that the next kernel's first stages fill meanwhile.
+#include "cuda/stream_gemm.h"
+
+#include "cuda/cluster.cuh"
+#include "cuda/launch.h"
+#include "cuda/stream_product.cuh"
+#include "cuda/stream_share.cuh"
+#include "cuda/tensor_map.h"
+#include "cuda/vector.cuh"
+
+#include <algorithm>
+#include <string>
+
+namespace octavo::cuda {
+namespace stream {
+
+constexpr int kRows = 128, kDepth = 64;  // of w a block; columns a stage
+constexpr int kRowBytes = kDepth * 2;    // the swizzle's width
+constexpr int kWeightBytes = kRows * kRowBytes;
+constexpr int kThreads = kComputing + 128;
+[[maybe_unused]] constexpr int kReaders = kCluster * kComputing / 32;
+constexpr int kLargest = 256;  // width
+
+template <int kWidth>
+struct Config {
+  static constexpr int kTiles = kWidth / 8;      // of 8 rows of x, of a thread's results
+  static constexpr int kUnits = kTiles / 2;      // what is added up and stored together
+  static constexpr int kHalfBytes = kWidth / 2 * kRowBytes;
+  static constexpr int kStageBytes = kWeightBytes + 2 * kHalfBytes;
+  static constexpr int kBlocks = kWidth <= 64 ? 2 : 1;  // beside each other
+  static constexpr int kRoom = (kBlocks == 2 ? 112 : 226) * 1024;
+  static constexpr int kStages = kRoom / (kStageBytes + 16);
+  static constexpr int kSharedBytes = kStages * (kStageBytes + 16);
+  static constexpr int kCopyRegisters = kBlocks == 2 ? 24 : 40;
+  static constexpr int kComputeRegisters = kBlocks == 2 ? 104 : 232;
+};
+
+struct Task {
+  StreamGemm gemm;
+  Line line;
+  int columns;     // of the output
+  int row_tiles;   // of x
+  int group;       // of 8 rows of w: of these are in a block's tile
+};
+
+// Of a block: which rows of x, which share, which half of each tile's rows of w.
+struct Place {
+  int rank, row_tile, share;
+
+  __device__ explicit Place(const Task& task)
+      : rank(int(rank_in_cluster())), row_tile(int(blockIdx.x) / kCluster % task.row_tiles),
+        share(int(blockIdx.x) / kCluster / task.row_tiles) {}
+  // The block at this place in another share.
+  __device__ int block(const Task& task, int of_share) const {
+    return (of_share * task.row_tiles + row_tile) * kCluster + rank;
+  }
+};
+
+// Groups of 8 rows of w, where it has two halves a group of each in turn: so that gate and up of
+// a column of the result end in one thread.
+__device__ __forceinline__ void copy_weights(uint32_t to, const CUtensorMap* map, int column,
+                                             int group, uint32_t barrier, uint64_t policy) {
+#if OCTAVO_HAS_WARPGROUPS
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(column), "r"(0), "r"(0), "r"(group), "r"(barrier), "l"(policy)
+      : "memory");
+#endif
+}
+
+template <int kWidth>
+__device__ __forceinline__ void copy_share(const CUtensorMap& x, const CUtensorMap& w,
+                                           const Task& task, const Place& place,
+                                           const Ring& ring) {
+  using C = Config<kWidth>;
+  const uint64_t policy = evict_first_policy();
+  const int begin = task.line.begin(place.share), end = task.line.begin(place.share + 1);
+  const int row = place.row_tile * kWidth + place.rank * (kWidth / 2);
+  const auto bring_weights = [&](RingPosition at, int tile, int step) {
+    expect_bytes(ring.full(at), C::kStageBytes);
+    copy_weights(ring.stage(at), &w, step * kDepth, (tile * kCluster + place.rank) * task.group,
+                 ring.full(at), policy);
+  };
+  const auto bring_x = [&](RingPosition at, int step) {
+    copy_box_to_both(ring.stage(at) + kWeightBytes + place.rank * C::kHalfBytes, &x, step * kDepth,
+                     row, ring.full(at));
+  };
+  const int ahead = min(end, begin + C::kStages), steps = task.line.steps;
+  RingPosition at;
+  for (int i = begin; i < ahead; ++i) {
+    bring_weights(at, i / steps, i % steps);
+    at.advance(C::kStages);
+  }
+  wait_for_previous();
+  at = RingPosition();
+  for (int i = begin; i < ahead; ++i) {
+    bring_x(at, i % steps);
+    at.advance(C::kStages);
+  }
+  int tile = ahead / steps, step = ahead % steps;
+  for (int i = ahead; i < end; ++i) {
+    ring.wait_free(at);
+    bring_weights(at, tile, step);
+    bring_x(at, step);
+    at.advance(C::kStages);
+    if (++step == steps) {
+      step = 0;
+      ++tile;
+    }
+  }
+}
+
+// A warp has left the stage, in both blocks.
+__device__ __forceinline__ void release(const Ring& ring, RingPosition at) {
+  __syncwarp();
+  const int lane = threadIdx.x % 32;
+  if (lane < kCluster) arrive_at(ring.empty(at), lane);
+}
+
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_part(float (&d)[kTiles][4], const Part& part,
+                                              const Ring& ring, RingPosition& at) {
+  const uint32_t of_group = threadIdx.x / 128 * (kWeightBytes / 2);
+  RingPosition before;
+  for (int step = part.from; step < part.to; ++step) {
+    ring.wait_filled(at);
+    const uint32_t w = ring.stage(at) + of_group, x = ring.stage(at) + kWeightBytes;
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k) {
+      multiply<T>(d, panel_descriptor(w + k * 32, 16), panel_descriptor(x + k * 32, 16),
+                  step > part.from || k > 0);
+    }
+    products_end();
+    if (step > part.from) {
+      products_wait<1>();
+      release(ring, before);
+    }
+    before = at;
+    at.advance(ring.stages);
+  }
+  products_wait<0>();
+  settle(d);
+  release(ring, before);
+}
+
+// An 8 x 8 matrix of 16-bit elements, two of a row to a lane, is turned (PTX ISA, "movmatrix").
+__device__ __forceinline__ uint32_t turned(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+// As activation.cuh's, by the fast division: while a tile is stored, nothing is multiplied.
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+// Eight columns of a row: stored, or added to what is there.
+template <typename T>
+__device__ __forceinline__ void store_vector(T* to, const uint32_t (&v)[4], bool add) {
+  uint4 bits = make_uint4(v[0], v[1], v[2], v[3]);
+  if (add) {
+    const uint4 there = __ldcg(reinterpret_cast<const uint4*>(to));
+    const auto& a = reinterpret_cast<const Pack<T>&>(bits);
+    const auto& b = reinterpret_cast<const Pack<T>&>(there);
+    float sums[kPack];
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) sums[i] = widen(a.at[i]) + widen(b.at[i]);
+    store_narrowed(to, sums);
+  } else {
+    store_bits(to, bits);
+  }
+}
+
+// A thread has of its two rows of w, 8 apart, two rows of x of every eight. With halves the first
+// is of the gate, the second of up, and both are of one column of the output.
+template <typename T, bool kGated>
+struct Store {
+  const Task& task;
+  int column, row;  // of the output, where the warp's part of the tile begins
+  float bias[2] = {};
+
+  __device__ Store(const Task& task, const Place& place, int tile, int width) : task(task) {
+    constexpr int kColumns = kGated ? 8 : 16;  // of a warp
+    const int warp = threadIdx.x / 32, of_thread = threadIdx.x % 32 / 4;
+    column = ((tile * kCluster + place.rank) * (kComputing / 32) + warp) * kColumns;
+    row = place.row_tile * width;
+    const auto* const from = static_cast<const T*>(task.gemm.bias);
+    if (!from) return;
+    if (column < task.columns) bias[0] = widen(from[column + of_thread]);
+    const int second = kGated ? column : column + 8;
+    const int of_second = second + (kGated ? task.columns : 0) + of_thread;
+    if (second < task.columns) bias[1] = widen(from[of_second]);
+  }
+  // Two tiles of 8 rows of x, from row `first` of the tile on.
+  __device__ void unit(const float (&a)[4], const float (&b)[4], int first) const {
+    const int lane = threadIdx.x % 32, part = lane % 4;
+    uint32_t v[4] = {};
+    if constexpr (kGated) {
+      v[0] = turned(gated(a));
+      v[1] = turned(gated(b));
+    } else {
+      v[0] = turned(pack<T>(a[0] + bias[0], a[1] + bias[0]));
+      v[1] = turned(pack<T>(a[2] + bias[1], a[3] + bias[1]));
+      v[2] = turned(pack<T>(b[0] + bias[0], b[1] + bias[0]));
+      v[3] = turned(pack<T>(b[2] + bias[1], b[3] + bias[1]));
+    }
+    transpose_among_four(v);
+    // This lane now has all of vector `part`.
+    const int below = kGated ? part : part / 2, beside = kGated ? 0 : part % 2 * 8;
+    const int to_row = row + first + below * 8 + lane / 4, to_column = column + beside;
+    if (below > 1 || to_row >= task.gemm.rows || to_column >= task.columns) return;
+    T* const to = static_cast<T*>(task.gemm.out) + int64_t(to_row) * task.columns + to_column;
+    store_vector(to, v, task.gemm.epilogue == Epilogue::kAdd);
+  }
+
+ private:
+  __device__ uint32_t gated(const float (&d)[4]) const {
+    return pack<T>(silu(d[0] + bias[0]) * (d[2] + bias[1]),
+                   silu(d[1] + bias[0]) * (d[3] + bias[1]));
+  }
+};
+
+template <typename T, bool kGated, int kTiles>
+__device__ __forceinline__ void store_units(const float (&d)[kTiles][4], const Task& task,
+                                            const Place& place, int tile, int low, int high) {
+  const Store<T, kGated> store(task, place, tile, kTiles * 8);
+#pragma unroll
+  for (int u = 0; u < kTiles / 2; ++u) {
+    if (u >= low && u < high) store.unit(d[2 * u], d[2 * u + 1], u * 16);
+  }
+}
+
+// What becomes of a part: the tile's units that are this block's to finish are whole after it.
+template <int kTiles>
+__device__ __forceinline__ void put_together(float (&d)[kTiles][4], const Task& task,
+                                             const Place& place, const Part& part, int& low,
+                                             int& high) {
+  constexpr int kUnits = kTiles / 2;
+  const Party party(task.line, part.tile, kUnits);
+  const int mine = place.share - party.first;
+  const bool adds = mine < party.adders;
+  low = adds ? mine * kUnits / party.adders : 0;
+  high = adds ? (mine + 1) * kUnits / party.adders : 0;
+  const Partials<kTiles> partials{static_cast<float4*>(task.gemm.partials), int(gridDim.x)};
+  int32_t* const arrivals = task.gemm.arrivals + place.block(task, party.first);
+  partials.put(d, int(blockIdx.x), part.from == 0, low, high);
+  arrive(arrivals);
+  if (!adds) return;
+  wait_for_arrivals(arrivals, party);
+#pragma unroll 1
+  for (int i = 0; i < party.count; ++i) {
+    if (i == mine) continue;
+    partials.add(d, place.block(task, party.first + i), i == 0, low, high);
+  }
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void compute_share(const Task& task, const Place& place,
+                                              const Ring& ring) {
+  using C = Config<kWidth>;
+  wait_for_previous();
+  const int end = task.line.begin(place.share + 1);
+  RingPosition at;
+#pragma unroll 1
+  for (int i = task.line.begin(place.share); i < end;) {
+    const Part part(task.line, i, end);
+    float d[C::kTiles][4];
+    multiply_part<T>(d, part, ring, at);
+    i += part.to - part.from;
+    int low = 0, high = C::kUnits;
+    if (!part.whole(task.line)) put_together(d, task, place, part, low, high);
+    if (task.gemm.epilogue == Epilogue::kGated) {
+      store_units<T, true>(d, task, place, part.tile, low, high);
+    } else {
+      store_units<T, false>(d, task, place, part.tile, low, high);
+    }
+  }
+}
+
+template <typename T, int kWidth>
+__global__ void OCTAVO_CLUSTER __launch_bounds__(kThreads, Config<kWidth>::kBlocks)
+    stream_gemm_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
+                       const __grid_constant__ Task task) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+#if OCTAVO_HAS_WARPGROUPS
+  using C = Config<kWidth>;
+  allow_next();
+  const Ring ring(stages, C::kStages, C::kStageBytes);
+  if (threadIdx.x == 0) ring.init(kReaders);
+  __syncwarp();
+  sync_cluster();
+  const Place place(task);
+  if (threadIdx.x >= kComputing) {
+    give_registers_up<C::kCopyRegisters>();
+    if (threadIdx.x == kComputing) copy_share<kWidth>(x, w, task, place, ring);
+  } else {
+    take_registers<C::kComputeRegisters>();
+    compute_share<T, kWidth>(task, place, ring);
+  }
+  // Nobody of the other block is to find this one gone.
+  __syncwarp();
+  sync_cluster();
+#endif
+}
+
+namespace {
+
+// Zeros stand for what lies beyond a matrix.
+CUtensorMap encode(DType dtype, const void* matrix, int dims, const cuuint64_t* sizes,
+                   const cuuint64_t* strides, const cuuint32_t* box) {
+  CUtensorMap map;
+  const cuuint32_t each[4] = {1, 1, 1, 1};
+  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result = tensor_map_encoder()(
+      &map, type, cuuint32_t(dims), const_cast<void*>(matrix), sizes, strides, box, each,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("stream_gemm: cuTensorMapEncodeTiled: error " +
+                             std::to_string(int(result)));
+  }
+  return map;
+}
+
+CUtensorMap map_of_x(const StreamGemm& gemm) {
+  const cuuint64_t sizes[2] = {cuuint64_t(gemm.k), cuuint64_t(gemm.rows)};
+  const cuuint64_t strides[1] = {cuuint64_t(gemm.x_stride) * 2};
+  const cuuint32_t box[2] = {kDepth, cuuint32_t(gemm.width / kCluster)};
+  return encode(gemm.dtype, gemm.x, 2, sizes, strides, box);
+}
+
+// Column, row of eight, half, eight of the half.
+CUtensorMap map_of_w(const StreamGemm& gemm, int halves) {
+  const cuuint64_t half_rows = cuuint64_t(gemm.n / halves), row_bytes = cuuint64_t(gemm.k) * 2;
+  const cuuint64_t sizes[4] = {cuuint64_t(gemm.k), 8, cuuint64_t(halves), half_rows / 8};
+  const cuuint64_t strides[3] = {row_bytes, half_rows * row_bytes, 8 * row_bytes};
+  const cuuint32_t box[4] = {kDepth, 8, cuuint32_t(halves), cuuint32_t(kRows / 8 / halves)};
+  return encode(gemm.dtype, gemm.w, 4, sizes, strides, box);
+}
+
+template <typename F>
+void with_width(int width, F&& f) {
+  switch (width) {
+    case 32: return f(std::integral_constant<int, 32>());
+    case 64: return f(std::integral_constant<int, 64>());
+    case 128: return f(std::integral_constant<int, 128>());
+    case 192: return f(std::integral_constant<int, 192>());
+    case 256: return f(std::integral_constant<int, 256>());
+    default: throw std::invalid_argument("stream_gemm: no kernel for " + std::to_string(width) +
+                                         " rows to a tile");
+  }
+}
+
+template <typename T, int kWidth>
+auto kernel_of() {
+  const auto kernel = stream_gemm_kernel<T, kWidth>;
+  static const bool allowed = allow_shared(kernel, Config<kWidth>::kSharedBytes);
+  (void)allowed;
+  return kernel;
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+template <int kWidth>
+int pairs_of() {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kCluster);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = Config<kWidth>::kSharedBytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, kernel_of<__nv_bfloat16, kWidth>(), &config),
+        "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
+Task task_of(const StreamGemm& gemm) {
+  const int halves = gemm.epilogue == Epilogue::kGated ? 2 : 1;
+  const auto tiles = int((gemm.n + kCluster * kRows - 1) / (kCluster * kRows));
+  const auto steps = int((gemm.k + kDepth - 1) / kDepth);
+  Task task{};
+  task.gemm = gemm;
+  task.line = {steps, tiles * steps, gemm.shares};
+  task.columns = int(gemm.n / halves);
+  task.row_tiles = int((gemm.rows + gemm.width - 1) / gemm.width);
+  task.group = kRows / 8 / halves;
+  if (gemm.shares < 1 || gemm.shares > task.line.total) {
+    throw std::invalid_argument("stream_gemm: " + std::to_string(gemm.shares) + " shares of " +
+                                std::to_string(task.line.total) + " steps");
+  }
+  return task;
+}
+
+}  // namespace
+}  // namespace stream
+
+int stream_gemm_pairs(int device) {
+  using namespace stream;
+  if (attribute(cudaDevAttrComputeCapabilityMajor, device) != 9) return 0;
+  int pairs = attribute(cudaDevAttrMultiProcessorCount, device) / kCluster;
+  for (int width : {32, 64, 128, 192, 256}) {
+    with_width(width, [&](auto w) { pairs = std::min(pairs, pairs_of<decltype(w)::value>()); });
+  }
+  return pairs;
+}
+
+int64_t stream_gemm_partial_bytes(int pairs) {
+  return int64_t(pairs) * kCluster * 2 * stream::kLargest * stream::kRows * int(sizeof(float));
+}
+
+int64_t stream_gemm_arrivals(int pairs) { return int64_t(pairs) * kCluster; }
+
+void stream_gemm(const StreamGemm& args, cudaStream_t stream) {
+  using namespace stream;
+  if (args.rows == 0) return;
+  with_width(args.width, [&](auto w) {
+    constexpr int kWidth = decltype(w)::value;
+    const Task task = task_of(args);
+    const CUtensorMap of_x = map_of_x(args);
+    const CUtensorMap of_w = map_of_w(args, args.epilogue == Epilogue::kGated ? 2 : 1);
+    const dim3 grid(unsigned(task.row_tiles * args.shares * kCluster));
+    with_half(args.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      launch(kernel_of<T, kWidth>(), grid, dim3(kThreads), Config<kWidth>::kSharedBytes, stream,
+             of_x, of_w, task);
+    });
+  });
+}
+
+}  // namespace octavo::cuda
