@@ -7,6 +7,7 @@ logits must say that they were.
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import llama_checkpoints
@@ -169,12 +170,32 @@ def test_a_padded_step_leaves_the_bits_of_one_that_is_not(
         count = len(lengths) + decodes
         found.append((tokens, runner._steps._space.logits[:count].clone(), runner._kv_cache))
     (tokens, logits, cache), (right_tokens, right_logits, right_cache) = found
-    size = next(iter(chunk_graphs(captured)._graphs))
+    size = list(chunk_graphs(captured)._graphs)[-1]
     assert sum(lengths) + decodes <= size
     assert tokens == right_tokens
     assert not logits.isnan().any()
     assert torch.equal(logits, right_logits)
     assert torch.equal(cache, right_cache)
+
+
+@pytest.mark.parametrize("first", [1, 16, 100, 127])
+def test_how_a_prompt_is_cut_changes_no_bit(checkpoint, deterministic, first) -> None:
+    """Under the deterministic profile, also where one token of it is left for a step of its own."""
+    tokens = [3 + (5 * i) % 90 for i in range(first + 1)]
+    found = []
+    for cuts in ((0, first + 1), (0, first, first + 1)):
+        runner = gpu_runner(checkpoint, 16, **deterministic)
+        for start, end in pairwise(cuts):
+            share = ScheduledSequence(
+                0, tokens[start:end], start, list(range(1, 17)), end > first, GREEDY, 0, tokens,
+                len(tokens),
+            )  # fmt: skip
+            result = runner.execute(StepPlan((share,)))
+        found.append((result.tokens, runner._steps._space.logits[0].clone(), runner._kv_cache))
+    (token, logits, cache), (cut_token, cut_logits, cut_cache) = found
+    assert token == cut_token
+    assert torch.equal(logits, cut_logits)
+    assert torch.equal(cache, cut_cache)
 
 
 @pytest.mark.parametrize("lengths", [(20,), (2, 60, 40), (100, 7)])

@@ -169,14 +169,18 @@ class World:
         self.chunking = [s for s in self.chunking if len(s.tokens) < LONGEST]
 
 
-def check(device: Device, inputs, full) -> None:
+def check(device: Device, inputs, full, deterministic: bool) -> None:
     """The buffers hold what the shares say, in the order of the batch."""
     out, begin = device.out, 0
-    order = sorted(range(len(full)), key=lambda i: len(full[i][1].token_ids) > 1)
+    decodes = [
+        len(s.token_ids) == 1 and not (deterministic and s.start < s.num_prompt_tokens)
+        for _, s in full
+    ]
+    order = sorted(range(len(full)), key=lambda i: not decodes[i])
     assert inputs.num_sequences == len(full)
-    assert inputs.num_decodes == sum(len(s.token_ids) == 1 for _, s in full)
+    assert inputs.num_decodes == sum(decodes)
     assert inputs.max_query_len == max(len(s.token_ids) for _, s in full)
-    chunks = [s for _, s in full if len(s.token_ids) > 1]
+    chunks = [s for (_, s), alone in zip(full, decodes, strict=True) if not alone]
     if chunks:
         assert inputs.max_chunk_end >= max(s.start + len(s.token_ids) for s in chunks)
     where = {index: place for place, index in enumerate(order)}
@@ -206,23 +210,26 @@ def check(device: Device, inputs, full) -> None:
     assert inputs.num_tokens == begin
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_changes_alone_lead_to_what_the_plan_says(seed) -> None:
+def test_changes_alone_lead_to_what_the_plan_says(seed, deterministic) -> None:
     layout = StateLayout(MAX_ROWS, WIDTH, MAX_TOKENS)
-    table, device, world = RowTable(layout, BLOCK, SEED), Device(layout), World(seed)
+    table = RowTable(layout, BLOCK, SEED, deterministic=deterministic)
+    device, world = Device(layout), World(seed)
     random = np.random.default_rng(seed)
-    pending = mixed = 0
+    pending = mixed = alone = 0
     for _ in range(150):
         plan, full = world.plan()
         if not full:
             continue
         inputs = table.advance(plan)
         device.receive(inputs.sent, int(random.choice([9, 40, 4000])))
-        one = inputs.max_query_len == 1
+        one = not inputs.has_chunks
+        alone += inputs.has_chunks and inputs.max_query_len == 1
         batch_state.build_inputs(
             device.state, device.out, inputs.num_sequences, BLOCK, one_token=one
         )
-        check(device, inputs, full)
+        check(device, inputs, full, deterministic)
         # Behind the batch there is padding, whatever size a graph has.
         assert device.state.batch[inputs.num_sequences :].eq(-1).all()
         tokens = random.integers(0, 90, inputs.num_sequences).astype(np.int32)
@@ -236,6 +243,7 @@ def test_changes_alone_lead_to_what_the_plan_says(seed) -> None:
         pending += sum(share.token_ids[-1] == PENDING for _, share in full)
         mixed += not one
     assert min(pending, mixed) > 20
+    assert (alone > 0) == deterministic
 
 
 def share(seq_id, tokens, start=0, table=(1,), *, samples=True):

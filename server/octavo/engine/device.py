@@ -102,7 +102,7 @@ class DeviceSteps:
     """Runs plans on `kv_cache`'s device, [layers of a group, 2, blocks, block_size, kv_heads,
     head_dim].
 
-    At most two may be in flight. `seed` is the engine's.
+    At most two may be in flight. `seed` is the engine's, `deterministic` as `RowTable` has it.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class DeviceSteps:
         *,
         eos_token_ids: Sequence[int],
         seed: int,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -124,7 +125,7 @@ class DeviceSteps:
         self._eos_token_ids = eos_token_ids
         self._seed = seed
         self.host_blocks: HostBlocks | None = None
-        self._rows = RowTable(workspace.layout, self._block_size, seed)
+        self._rows = RowTable(workspace.layout, self._block_size, seed, deterministic=deterministic)
         # Rows, by sequence id: who is drawn for by the host, who wants log-probabilities.
         self._by_host: set[int] = set()
         self._logprobs: dict[int, int] = {}

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 class Gpu:
     """A GPU with a decoder's weights on it, and the tensors that all of its steps share.
 
-    `max_num_tokens` bounds the tokens of a step, `eager` says to capture no graphs.
+    `max_num_tokens` bounds the tokens of a step, `eager` says to capture no graphs. With
+    `deterministic`, which the kernels were told before, steps too do not depend on their mix.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Gpu:
         max_num_seqs: int,
         max_num_tokens: int,
         eager: bool,
+        deterministic: bool = False,
     ) -> None:
         # A group has one entry more than the longest sequence needs, and rows begin at 16 bytes.
         width = -(-(blocks_for(max_model_len, block_size) + 1) // 4) * 4
@@ -61,6 +63,7 @@ class Gpu:
         self._max_num_seqs = max_num_seqs
         self._dtype = model.parameters["embedding"].dtype
         self._eager = eager
+        self._deterministic = deterministic
         torch.cuda.synchronize(device)  # the weights were not loaded on this lane
         self._lane = CudaLane(device, MESSAGE_WORDS, max_num_seqs * MOST_FETCHED)
         with self._lane.scope(), torch.inference_mode():
@@ -84,6 +87,7 @@ class Gpu:
             self._graphs,
             eos_token_ids=eos_token_ids,
             seed=seed,
+            deterministic=self._deterministic,
         )
 
     def _graphs(self, decodes: Part, chunks: Part) -> tuple[PartRunner, PartRunner]:

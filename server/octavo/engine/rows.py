@@ -76,10 +76,10 @@ class StateLayout:
 class StepInputs:
     """One step as the device sees it.
 
-    The batch is the plan's rows, then its chunks of one token, then the longer ones; the first
-    `num_decodes` sequences have one token each, and of the chunks none ends behind position
-    `max_chunk_end` of its sequence. `drawn` are the places in the batch of what the plan wants
-    tokens of, and `prompt_rows` those of the tokens whose logits are wanted for the
+    The batch is the plan's rows, then its chunks that are decodes as well, then the others; the
+    first `num_decodes` sequences are decodes, with one token each, and of the chunks none ends
+    behind position `max_chunk_end` of its sequence. `drawn` are the places in the batch of what the
+    plan wants tokens of, and `prompt_rows` those of the tokens whose logits are wanted for the
     log-probabilities of prompts, in the plan's order. `sent` has to be on the device before.
     `fresh` are the rows of new sequences whose logits are adjusted.
     """
@@ -96,8 +96,8 @@ class StepInputs:
 
     @property
     def has_chunks(self) -> bool:
-        """True when the step is more than one token and one row of logits for each sequence."""
-        return self.max_query_len > 1 or bool(self.prompt_rows)
+        """True when the step is more than a decode and one row of logits for each sequence."""
+        return self.num_decodes < self.num_sequences or bool(self.prompt_rows)
 
 
 @dataclass(slots=True)
@@ -113,14 +113,19 @@ class _Row:
 class RowTable:
     """The host's picture of the device's rows, brought forward by one plan after another.
 
-    `seed` is the engine's. A row is free again as soon as a plan lacks its sequence: the device
-    runs the steps in order, so those in flight have read it when it is written again.
+    `seed` is the engine's. With `deterministic` a prompt's token is no decode where its chunk has
+    no other: how a prompt is cut depends on who else is there. A row is free again as soon as a
+    plan lacks its sequence: the device runs the steps in order, so those in flight have read it
+    when it is written again.
     """
 
-    def __init__(self, layout: StateLayout, block_size: int, seed: int) -> None:
+    def __init__(
+        self, layout: StateLayout, block_size: int, seed: int, *, deterministic: bool = False
+    ) -> None:
         self._layout = layout
         self._block_size = block_size
         self._seed = seed
+        self._deterministic = deterministic
         self.reset()
 
     def reset(self) -> None:
@@ -251,11 +256,16 @@ class RowTable:
         sent.append((self._layout.batch, batch + padding))
         self._batch = batch
 
+    def _decodes(self, share: ScheduledSequence) -> bool:
+        of_prompt = share.start < share.num_prompt_tokens
+        return len(share.token_ids) == 1 and not (self._deterministic and of_prompt)
+
     def _with_chunks(
         self, plan: StepPlan, sent: list[Stretch], drew: dict[int, bool]
     ) -> StepInputs:
         count = plan.rows.count
-        order = sorted(range(len(plan.chunks)), key=lambda i: len(plan.chunks[i].token_ids) > 1)
+        decodes = [self._decodes(share) for share in plan.chunks]
+        order = sorted(range(len(plan.chunks)), key=lambda i: not decodes[i])
         batch = list(self._decoding.values())
         starts, token_at, tokens = list(range(count + 1)), [-1] * count, list[int]()
         places = [0] * len(order)
@@ -278,7 +288,8 @@ class RowTable:
             for place, share in zip(places, plan.chunks, strict=True)
             for row in share.prompt_logprob_rows
         ]
-        if tokens or prompt_rows:
+        num_decodes = count + sum(decodes)
+        if num_decodes < len(batch) or prompt_rows:
             sent += [
                 (self._layout.query_start, starts),
                 (self._layout.token_at, token_at),
@@ -287,7 +298,7 @@ class RowTable:
         return StepInputs(
             num_sequences=len(batch),
             num_tokens=starts[-1],
-            num_decodes=sum(1 for at in token_at if at < 0),
+            num_decodes=num_decodes,
             max_query_len=max(len(share.token_ids) for share in plan.chunks),
             drawn=[*range(count), *(places[i] for i, s in enumerate(plan.chunks) if s.samples)],
             sent=sent,

@@ -142,6 +142,7 @@ class Runner:
                     max_num_seqs=max_num_seqs,
                     max_num_tokens=token_budget(max_num_batched_tokens, self.device.type),
                     eager=enforce_eager,
+                    deterministic=deterministic,
                 )
             progress("device", 1.0)
 
