@@ -15,8 +15,8 @@
 #include "cuda/launch.h"
 #include "cuda/stream_product.cuh"
 #include "cuda/stream_share.cuh"
+#include "cuda/stream_store.cuh"
 #include "cuda/tensor_map.h"
-#include "cuda/vector.cuh"
 
 #include <algorithm>
 #include <string>
@@ -24,8 +24,8 @@
 namespace octavo::cuda {
 namespace stream {
 
-constexpr int kRows = 128, kDepth = 64;  // of w a block; columns a stage
-constexpr int kRowBytes = kDepth * 2;    // the swizzle's width
+constexpr int kDepth = 64;             // columns a stage
+constexpr int kRowBytes = kDepth * 2;  // the swizzle's width
 constexpr int kWeightBytes = kRows * kRowBytes;
 constexpr int kThreads = kComputing + 128;
 [[maybe_unused]] constexpr int kReaders = kCluster * kComputing / 32;
@@ -41,29 +41,7 @@ struct Config {
   static constexpr int kRoom = (kBlocks == 2 ? 112 : 226) * 1024;
   static constexpr int kStages = kRoom / (kStageBytes + 16);
   static constexpr int kSharedBytes = kStages * (kStageBytes + 16);
-  static constexpr int kCopyRegisters = kBlocks == 2 ? 24 : 40;
-  static constexpr int kComputeRegisters = kBlocks == 2 ? 104 : 232;
-};
-
-struct Task {
-  StreamGemm gemm;
-  Line line;
-  int columns;     // of the output
-  int row_tiles;   // of x
-  int group;       // of 8 rows of w: of these are in a block's tile
-};
-
-// Of a block: which rows of x, which share, which half of each tile's rows of w.
-struct Place {
-  int rank, row_tile, share;
-
-  __device__ explicit Place(const Task& task)
-      : rank(int(rank_in_cluster())), row_tile(int(blockIdx.x) / kCluster % task.row_tiles),
-        share(int(blockIdx.x) / kCluster / task.row_tiles) {}
-  // The block at this place in another share.
-  __device__ int block(const Task& task, int of_share) const {
-    return (of_share * task.row_tiles + row_tile) * kCluster + rank;
-  }
+  static constexpr int kCopyRegisters = 40, kComputeRegisters = 232;  // of one alone
 };
 
 // Groups of 8 rows of w, where it has two halves a group of each in turn: so that gate and up of
@@ -155,92 +133,6 @@ __device__ __forceinline__ void multiply_part(float (&d)[kTiles][4], const Part&
   release(ring, before);
 }
 
-// An 8 x 8 matrix of 16-bit elements, two of a row to a lane, is turned (PTX ISA, "movmatrix").
-__device__ __forceinline__ uint32_t turned(uint32_t pair) {
-  uint32_t result;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
-
-// As activation.cuh's, by the fast division: while a tile is stored, nothing is multiplied.
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
-
-// Eight columns of a row: stored, or added to what is there.
-template <typename T>
-__device__ __forceinline__ void store_vector(T* to, const uint32_t (&v)[4], bool add) {
-  uint4 bits = make_uint4(v[0], v[1], v[2], v[3]);
-  if (add) {
-    const uint4 there = __ldcg(reinterpret_cast<const uint4*>(to));
-    const auto& a = reinterpret_cast<const Pack<T>&>(bits);
-    const auto& b = reinterpret_cast<const Pack<T>&>(there);
-    float sums[kPack];
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) sums[i] = widen(a.at[i]) + widen(b.at[i]);
-    store_narrowed(to, sums);
-  } else {
-    store_bits(to, bits);
-  }
-}
-
-// A thread has of its two rows of w, 8 apart, two rows of x of every eight. With halves the first
-// is of the gate, the second of up, and both are of one column of the output.
-template <typename T, bool kGated>
-struct Store {
-  const Task& task;
-  int column, row;  // of the output, where the warp's part of the tile begins
-  float bias[2] = {};
-
-  __device__ Store(const Task& task, const Place& place, int tile, int width) : task(task) {
-    constexpr int kColumns = kGated ? 8 : 16;  // of a warp
-    const int warp = threadIdx.x / 32, of_thread = threadIdx.x % 32 / 4;
-    column = ((tile * kCluster + place.rank) * (kComputing / 32) + warp) * kColumns;
-    row = place.row_tile * width;
-    const auto* const from = static_cast<const T*>(task.gemm.bias);
-    if (!from) return;
-    if (column < task.columns) bias[0] = widen(from[column + of_thread]);
-    const int second = kGated ? column : column + 8;
-    const int of_second = second + (kGated ? task.columns : 0) + of_thread;
-    if (second < task.columns) bias[1] = widen(from[of_second]);
-  }
-  // Two tiles of 8 rows of x, from row `first` of the tile on.
-  __device__ void unit(const float (&a)[4], const float (&b)[4], int first) const {
-    const int lane = threadIdx.x % 32, part = lane % 4;
-    uint32_t v[4] = {};
-    if constexpr (kGated) {
-      v[0] = turned(gated(a));
-      v[1] = turned(gated(b));
-    } else {
-      v[0] = turned(pack<T>(a[0] + bias[0], a[1] + bias[0]));
-      v[1] = turned(pack<T>(a[2] + bias[1], a[3] + bias[1]));
-      v[2] = turned(pack<T>(b[0] + bias[0], b[1] + bias[0]));
-      v[3] = turned(pack<T>(b[2] + bias[1], b[3] + bias[1]));
-    }
-    transpose_among_four(v);
-    // This lane now has all of vector `part`.
-    const int below = kGated ? part : part / 2, beside = kGated ? 0 : part % 2 * 8;
-    const int to_row = row + first + below * 8 + lane / 4, to_column = column + beside;
-    if (below > 1 || to_row >= task.gemm.rows || to_column >= task.columns) return;
-    T* const to = static_cast<T*>(task.gemm.out) + int64_t(to_row) * task.columns + to_column;
-    store_vector(to, v, task.gemm.epilogue == Epilogue::kAdd);
-  }
-
- private:
-  __device__ uint32_t gated(const float (&d)[4]) const {
-    return pack<T>(silu(d[0] + bias[0]) * (d[2] + bias[1]),
-                   silu(d[1] + bias[0]) * (d[3] + bias[1]));
-  }
-};
-
-template <typename T, bool kGated, int kTiles>
-__device__ __forceinline__ void store_units(const float (&d)[kTiles][4], const Task& task,
-                                            const Place& place, int tile, int low, int high) {
-  const Store<T, kGated> store(task, place, tile, kTiles * 8);
-#pragma unroll
-  for (int u = 0; u < kTiles / 2; ++u) {
-    if (u >= low && u < high) store.unit(d[2 * u], d[2 * u + 1], u * 16);
-  }
-}
-
 // What becomes of a part: the tile's units that are this block's to finish are whole after it.
 template <int kTiles>
 __device__ __forceinline__ void put_together(float (&d)[kTiles][4], const Task& task,
@@ -302,10 +194,10 @@ __global__ void OCTAVO_CLUSTER __launch_bounds__(kThreads, Config<kWidth>::kBloc
   sync_cluster();
   const Place place(task);
   if (threadIdx.x >= kComputing) {
-    give_registers_up<C::kCopyRegisters>();
+    if constexpr (C::kBlocks == 1) give_registers_up<C::kCopyRegisters>();
     if (threadIdx.x == kComputing) copy_share<kWidth>(x, w, task, place, ring);
   } else {
-    take_registers<C::kComputeRegisters>();
+    if constexpr (C::kBlocks == 1) take_registers<C::kComputeRegisters>();
     compute_share<T, kWidth>(task, place, ring);
   }
   // Nobody of the other block is to find this one gone.

@@ -119,6 +119,7 @@ __device__ __forceinline__ void wait_for_arrivals(int32_t* arrivals, const Party
     __threadfence();
     if (atomicAdd(arrivals, 1) == party.count + party.adders - 1) atomicExch(arrivals, 0);
   }
+  __syncwarp();
   sync_first(kComputing);
 }
 
