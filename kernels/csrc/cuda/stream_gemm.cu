@@ -233,11 +233,13 @@ CUtensorMap map_of_x(const StreamGemm& gemm) {
   return encode(gemm.dtype, gemm.x, 2, sizes, strides, box);
 }
 
-// Column, row of eight, half, eight of the half.
+// Column, row of eight, half, eight of the half. Of one half alone the stride is never taken; it is
+// such that each is a multiple of the one before, as the driver's manual has them.
 CUtensorMap map_of_w(const StreamGemm& gemm, int halves) {
   const cuuint64_t half_rows = cuuint64_t(gemm.n / halves), row_bytes = cuuint64_t(gemm.k) * 2;
   const cuuint64_t sizes[4] = {cuuint64_t(gemm.k), 8, cuuint64_t(halves), half_rows / 8};
-  const cuuint64_t strides[3] = {row_bytes, half_rows * row_bytes, 8 * row_bytes};
+  const cuuint64_t half_bytes = (halves == 1 ? 8 : half_rows) * row_bytes;
+  const cuuint64_t strides[3] = {row_bytes, half_bytes, 8 * row_bytes};
   const cuuint32_t box[4] = {kDepth, 8, cuuint32_t(halves), cuuint32_t(kRows / 8 / halves)};
   return encode(gemm.dtype, gemm.w, 4, sizes, strides, box);
 }
