@@ -1,5 +1,6 @@
 """Swap to host memory with real models: tokens of preempted runs are those of undisturbed ones."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from gpu import ENGINE
 from octavo import LLM, SamplingParams, wire
 from octavo.config import EngineConfig
 from octavo.core.step import StepPlan
+from octavo.engine.runner import Runner
 from octavo.engine.startup import Reporter, start
 from octavo.engine.swap import HostBlocks
 from octavo.errors import ConfigError, DoesNotFitError
@@ -108,11 +110,28 @@ def test_a_swap_space_of_no_use_is_refused():
             EngineConfig(model=str(MODEL), num_kv_blocks=8, swap_space=1e-6, **ENGINE),
             Reporter(lambda _: None),
         )
-    with pytest.raises(DoesNotFitError, match=r"--swap-space takes 60000\.00 GiB of host memory"):
+    with pytest.raises(DoesNotFitError, match=r"takes (60000|65536)\.00 GiB of host memory"):
         start(
             EngineConfig(model=str(MODEL), num_kv_blocks=8, swap_space=60000, **ENGINE),
             Reporter(lambda _: None),
         )
+
+
+@pytest.mark.skipif(not MODEL.is_dir(), reason="the tiny model is not there")
+def test_pinned_memory_is_counted_as_torch_takes_it(monkeypatch):
+    """As the next power of two: else a pod within its limit would be killed while it starts."""
+    runner = Runner(str(MODEL), device="cpu", block_size=16)
+    runner.allocate_kv(9)
+    asked = 5 * runner.kv_bytes_per_block
+    taken = 2 ** math.ceil(math.log2(asked))
+    monkeypatch.setattr("octavo.engine.runner.available_host_bytes", lambda: taken - 1)
+    assert taken > asked + 1
+    assert runner.allocate_swap(5) > 0
+    runner.device = torch.device("cuda")  # which is only asked how memory is taken
+    with pytest.raises(DoesNotFitError, match="--swap-space takes"):
+        runner.allocate_swap(5)
+    monkeypatch.setattr("octavo.engine.runner.available_host_bytes", lambda: taken)
+    assert runner.allocate_swap(5) > 0
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="the tiny model is not there")

@@ -19,7 +19,7 @@ from octavo.engine.faults import naming_faults
 from octavo.engine.gpu import Gpu
 from octavo.engine.memory import available_host_bytes
 from octavo.engine.model import check_model
-from octavo.engine.swap import HostBlocks
+from octavo.engine.swap import HostBlocks, host_bytes
 from octavo.errors import ConfigError, DeviceError, DoesNotFitError
 from octavo.models.decoder import Decoder
 from octavo.models.hf_config import read_eos_token_ids
@@ -230,7 +230,8 @@ class Runner:
         """
         if self._kv_cache is None or self._steps is None:
             raise RuntimeError("allocate_kv comes before allocate_swap")
-        needed, free = num_blocks * self.kv_bytes_per_block, available_host_bytes()
+        needed = host_bytes(num_blocks * self.kv_bytes_per_block, self.device)
+        free = available_host_bytes()
         try:
             if needed > free:
                 raise MemoryError

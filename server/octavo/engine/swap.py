@@ -13,6 +13,11 @@ from octavo_kernels import ops
 _MEASURED = 16
 
 
+def host_bytes(nbytes: int, device: torch.device) -> int:
+    """What so many bytes of blocks take: pinned, torch makes them the next power of two."""
+    return 1 << (nbytes - 1).bit_length() if device.type == "cuda" else nbytes
+
+
 class HostBlocks:
     """Blocks beside those of `kv_cache` [layers, 2, blocks, block_size, kv_heads, head_dim].
 
