@@ -67,13 +67,18 @@ def candidates(
         return []
     if not aligned(x, weight, out) or (pairs := pairs_of(x.device)) == 0:
         return []
-    prepare(x.device)
+    _workspace(x.device)  # not first while a graph is captured
     return [encoded(plan) for plan in plans(rows, n, k, pairs)[:count]]
 
 
-def prepare(device: torch.device) -> None:
-    """Make the workspace, which cannot first be made while a graph is captured."""
+def ready(plan: Plan, rows: int, device: torch.device) -> bool:
+    """Whether the device can run all blocks of a plan from a file at once; then its workspace is
+    made too, which cannot first be while a graph is captured.
+    """
+    if -(-rows // plan.width) * plan.shares > pairs_of(device):
+        return False
     _workspace(device)
+    return True
 
 
 def plans(rows: int, n: int, k: int, pairs: int) -> list[Plan]:

@@ -55,10 +55,11 @@ def tune_products(weights: Iterable[Weight], rows: Sequence[int]) -> int:
     device = listed[0][0].device
     if profile.tuning_folder is not None:
         for size, algorithm in cuda_tuning_file.read(profile.tuning_folder, device).items():
+            plan = cuda_stream.plan_of(algorithm)
+            if plan is not None and not cuda_stream.ready(plan, size.rows, device):
+                continue
             if size not in cuda_lt.found:
                 cuda_lt.keep(size, algorithm)
-            if cuda_stream.plan_of(algorithm) is not None:
-                cuda_stream.prepare(device)
     timed = 0
     with _own_stream(device):
         for count in rows:

@@ -84,6 +84,15 @@ def test_a_plan_is_an_algorithm_that_files_keep(tmp_path, monkeypatch) -> None:
     assert cuda_stream.plan_of(None) is None
 
 
+def test_a_plan_for_more_blocks_than_the_device_runs_is_searched_again(monkeypatch) -> None:
+    """As in a file of the same GPU, when other processes now share it."""
+    monkeypatch.setattr(cuda_stream, "_workspace", lambda device: None)
+    device = torch.device("cuda", 0)
+    for pairs, is_ready in ((66, True), (65, False), (0, False)):
+        monkeypatch.setattr(cuda_stream, "pairs_of", lambda device, pairs=pairs: pairs)
+        assert cuda_stream.ready(Plan(256, 33), 500, device) is is_ready
+
+
 def test_what_was_tried_is_in_the_file_s_name(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cuda_tuning_file, "_machine", lambda device: "gpu")
     device = torch.device("cuda", 0)

@@ -312,6 +312,8 @@ Task task_of(const StreamGemm& gemm) {
 int stream_gemm_pairs(int device) {
   using namespace stream;
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) != 9) return 0;
+  // Another process's blocks may hold the multiprocessors that some of ours are waited for on.
+  if (attribute(cudaDevAttrMpsEnabled, device) != 0) return 0;
   int pairs = attribute(cudaDevAttrMultiProcessorCount, device) / kCluster;
   for (int width : {32, 64, 128, 192, 256}) {
     with_width(width, [&](auto w) { pairs = std::min(pairs, pairs_of<decltype(w)::value>()); });

@@ -28,7 +28,8 @@ struct StreamGemm {
   int32_t* arrivals;     // stream_gemm_arrivals() of them, zeros before and after each launch
 };
 
-// Pairs of blocks that this device runs at once, which wait for one another; 0: not Hopper.
+// Pairs of blocks that this device runs at once, which wait for one another; 0: it is no Hopper, or
+// other processes share it by MPS.
 int stream_gemm_pairs(int device);
 
 // Workspaces for any size, of one stream at a time.
