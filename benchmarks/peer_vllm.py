@@ -18,8 +18,6 @@ from sitting import MAX_NUM_SEQS, MEMORY
 from octavo.bench.summary import throughput
 from octavo.bench.workloads import Request, draw
 
-# transformers asks for a package of this name; what lies beside this file is another.
-sys.modules["kernels"] = None  # type: ignore[assignment]
 REPEAT = 2
 
 

@@ -7,7 +7,6 @@ request. What it takes to start, and to warm up, is over when it has been made.
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,18 +14,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.utils import logging as transformers_logging
 from workloads import Work
 
 from octavo import LLM, SamplingParams
-
-# transformers asks for a package of this name; what lies beside this file is another.
-sys.modules["kernels"] = None  # type: ignore[assignment]
-from transformers import (  # noqa: E402
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-)
-from transformers.utils import logging as transformers_logging  # noqa: E402
 
 Contender = Callable[[list[Work]], list[list[int]]]
 PAGE_SIZE = 16

@@ -1,7 +1,7 @@
 """The GPU kernels alone: their times beside what memory or the tensor cores of this GPU allow.
 
-    python benchmarks/kernels.py --part decode           # the shapes that have bars
-    python benchmarks/kernels.py --part decode --sweep   # chunk, stages, blocks a multiprocessor
+    python benchmarks/gpu_kernels.py --part decode           # the shapes that have bars
+    python benchmarks/gpu_kernels.py --part decode --sweep   # its settings
 
 One JSON line a measurement; the first one says what the machine does. Times are of replays of a
 CUDA graph with many calls in it, over buffers that together are larger than the L2 cache.
