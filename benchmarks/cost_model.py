@@ -1,7 +1,7 @@
 """What a step costs: seconds = a + b x sequences + c x KV tokens + e x prompt tokens, fitted.
 
-    python benchmarks/cost_model.py --model llama-8b --engine octavo
-    python benchmarks/cost_model.py --model llama-8b --engine vllm
+    python benchmarks/cost_model.py --model llama-8b       # ours
+    python benchmarks/peer_vllm.py FOLDER cost 4096        # the peer's, by the same calls
 
 Both engines are asked for the same through `generate`: so many prompts of one length, drawn to two
 output lengths. The longer run has that many more steps of the whole batch and nothing else more, so
@@ -17,13 +17,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 
-from octavo.bench.workloads import SHAPES, Request, draw, write_shape
+from octavo.bench.workloads import SHAPES, Request, draw
 
 # Seconds to draw all that these requests ask for, and nothing else.
 Generate = Callable[[list[Request]], float]
@@ -35,7 +33,6 @@ SHORT, LONG = 32, 96
 REPEAT = 3
 TERMS = 4
 FIRST_ID = 10
-MAX_MODEL_LEN = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,45 +187,12 @@ def record(loop: Any, into: list[Point]) -> None:
     loop._rates = Recorder()
 
 
-def vllm(model: str, max_num_seqs: int) -> Iterator[dict[str, Any]]:
-    """The peer, with the knobs that ours has."""
-    import vllm as peer
-
-    known = model in SHAPES
-    llm = peer.LLM(
-        model=str(write_shape(model, Path(mkdtemp()))) if known else model,
-        load_format="dummy" if known else "auto", skip_tokenizer_init=True, dtype="bfloat16",
-        max_model_len=MAX_MODEL_LEN, gpu_memory_utilization=0.9, enable_prefix_caching=False,
-        max_num_seqs=max_num_seqs, seed=0,
-    )  # fmt: skip
-
-    def generate(requests: list[Request]) -> float:
-        asked = [
-            peer.SamplingParams(
-                temperature=1.0, ignore_eos=True, max_tokens=r.output, detokenize=False
-            )
-            for r in requests
-        ]
-        inputs = [{"prompt_token_ids": r.prompt} for r in requests]
-        begin = time.perf_counter()
-        llm.generate(inputs, asked, use_tqdm=False)
-        return time.perf_counter() - begin
-
-    vocab_size = llm.llm_engine.model_config.get_vocab_size()
-    points = [*measure_points(generate, vocab_size, MAX_MODEL_LEN)]
-    yield from rows(model, "vllm", "generate", points)
-
-
-ENGINES = {"octavo": octavo, "vllm": vllm}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="llama-8b", help="a folder, or a shape's name")
-    parser.add_argument("--engine", choices=ENGINES, default="octavo")
     parser.add_argument("--max-num-seqs", type=int, default=512)
     args = parser.parse_args()
-    for row in ENGINES[args.engine](args.model, args.max_num_seqs):
+    for row in octavo(args.model, args.max_num_seqs):
         print(json.dumps(row), flush=True)
 
 

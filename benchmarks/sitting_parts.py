@@ -81,8 +81,8 @@ def measurement(row: dict[str, Any], model: Model, sitting: Sitting) -> dict[str
 
 
 def script(sitting: Sitting, name: str, *words: str) -> Rows:
-    """A benchmark of its own; its rows are kept as they are, as details."""
-    for row in sitting.run([sys.executable, str(HERE / name), *words], peer="vllm" in words):
+    """A benchmark of ours; its rows are kept as they are, as details."""
+    for row in sitting.run([sys.executable, str(HERE / name), *words]):
         known = {key: row[key] for key in ("engine", "shape", "load") if key in row}
         value = row.get("value", row.get("idle"))
         yield known | {"metric": row["metric"], "value": value, "limit": None, "detail": row}
@@ -127,7 +127,7 @@ def parts(big: str = BIG, small: str = SMALL) -> dict[str, Part]:
         "octavo-0.6b-again": of(50, 20, offline, "octavo", small, SMALL_LOADS, 1),
         "idle": of(60, 25, script, "idle.py", "--model", big),
         "sharing": of(90, 20, script, "sharing_gpu.py", "--model", small),
-        "cost-octavo": of(80, 30, script, "cost_model.py", "--model", big, "--engine", "octavo"),
+        "cost-octavo": of(80, 30, script, "cost_model.py", "--model", big),
         "serve-octavo-again": of(150, 80, serve, "octavo", big, 2),
     }
 
