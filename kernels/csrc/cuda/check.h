@@ -17,4 +17,17 @@ inline void check(cudaError_t error, const char* what) {
                            cudaGetErrorString(error) + ")");
 }
 
+inline int device_attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Of the current device; the same for all devices of a process, as everywhere in this module.
+inline int device_attribute(cudaDeviceAttr which) {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device_attribute(which, device);
+}
+
 }  // namespace octavo::cuda

@@ -10,14 +10,6 @@
 namespace octavo::cuda {
 namespace {
 
-// As the device has them; the same for all devices of a process, as everywhere in this module.
-int device_attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "decode_attention");
-  check(cudaDeviceGetAttribute(&value, which, device), "decode_attention");
-  return value;
-}
-
 // Bytes of dynamic shared memory that a block can have besides what the kernel has of its own.
 template <typename Kernel>
 int most_shared(Kernel* kernel) {

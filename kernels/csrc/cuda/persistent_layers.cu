@@ -153,22 +153,15 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
 #endif
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "persistent_layers");
-  check(cudaDeviceGetAttribute(&value, which, device), "persistent_layers");
-  return value;
-}
-
 struct Device {
   int multiprocessors, shared, capability, mps;
 };
 
 const Device& device() {
-  static const Device device{attribute(cudaDevAttrMultiProcessorCount),
-                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                             attribute(cudaDevAttrComputeCapabilityMajor),
-                             attribute(cudaDevAttrMpsEnabled)};
+  static const Device device{device_attribute(cudaDevAttrMultiProcessorCount),
+                             device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                             device_attribute(cudaDevAttrComputeCapabilityMajor),
+                             device_attribute(cudaDevAttrMpsEnabled)};
   return device;
 }
 

@@ -22,15 +22,8 @@ struct Device {
 };
 
 const Device& device() {
-  static const Device found = [] {
-    int number = 0, count = 0, major = 0;
-    check(cudaGetDevice(&number), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, number),
-          "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number),
-          "cudaDeviceGetAttribute");
-    return Device{count, major};
-  }();
+  static const Device found{device_attribute(cudaDevAttrMultiProcessorCount),
+                            device_attribute(cudaDevAttrComputeCapabilityMajor)};
   return found;
 }
 

@@ -184,22 +184,15 @@ __global__ void __launch_bounds__(kThreads + 32, kWide ? 1 : 2)
   multiply<T, kWide>(task, share, ring, partials, staged);
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "skinny_gemm");
-  check(cudaDeviceGetAttribute(&value, which, device), "skinny_gemm");
-  return value;
-}
-
 struct Limits {
   int multiprocessors, shared_block, shared_half;
 };
 
 const Limits& limits() {
   static const Limits limits{
-      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
-          attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
+      device_attribute(cudaDevAttrMultiProcessorCount), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+      device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
+          device_attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
   return limits;
 }
 

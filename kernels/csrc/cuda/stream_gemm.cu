@@ -11,9 +11,8 @@
 // a multiprocessor, so that the next kernel's first stages fill meanwhile.
 #include "cuda/stream_gemm.h"
 
-#include "cuda/cluster.cuh"
+#include "cuda/cluster_product.cuh"
 #include "cuda/launch.h"
-#include "cuda/stream_product.cuh"
 #include "cuda/stream_share.cuh"
 #include "cuda/stream_store.cuh"
 #include "cuda/tensor_map.h"
@@ -24,8 +23,6 @@
 namespace octavo::cuda {
 namespace stream {
 
-constexpr int kDepth = 64;             // columns a stage
-constexpr int kRowBytes = kDepth * 2;  // the swizzle's width
 constexpr int kWeightBytes = kRows * kRowBytes;
 constexpr int kThreads = kComputing + 128;
 [[maybe_unused]] constexpr int kReaders = kCluster * kComputing / 32;
@@ -99,40 +96,6 @@ __device__ __forceinline__ void copy_share(const CUtensorMap& x, const CUtensorM
   }
 }
 
-// A warp has left the stage, in both blocks.
-__device__ __forceinline__ void release(const Ring& ring, RingPosition at) {
-  __syncwarp();
-  const int lane = threadIdx.x % 32;
-  if (lane < kCluster) arrive_at(ring.empty(at), lane);
-}
-
-template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_part(float (&d)[kTiles][4], const Part& part,
-                                              const Ring& ring, RingPosition& at) {
-  const uint32_t of_group = threadIdx.x / 128 * (kWeightBytes / 2);
-  RingPosition before;
-  for (int step = part.from; step < part.to; ++step) {
-    ring.wait_filled(at);
-    const uint32_t w = ring.stage(at) + of_group, x = ring.stage(at) + kWeightBytes;
-    products_begin();
-#pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
-      multiply<T>(d, panel_descriptor(w + k * 32, 16), panel_descriptor(x + k * 32, 16),
-                  step > part.from || k > 0);
-    }
-    products_end();
-    if (step > part.from) {
-      products_wait<1>();
-      release(ring, before);
-    }
-    before = at;
-    at.advance(ring.stages);
-  }
-  products_wait<0>();
-  settle(d);
-  release(ring, before);
-}
-
 // What becomes of a part: the tile's units that are this block's to finish are whole after it.
 template <int kTiles>
 __device__ __forceinline__ void put_together(float (&d)[kTiles][4], const Task& task,
@@ -168,7 +131,7 @@ __device__ __forceinline__ void compute_share(const Task& task, const Place& pla
   for (int i = task.line.begin(place.share); i < end;) {
     const Part part(task.line, i, end);
     float d[C::kTiles][4];
-    multiply_part<T>(d, part, ring, at);
+    multiply_stages<T>(d, ring, at, part.from, part.to, kWeightBytes);
     i += part.to - part.from;
     int low = 0, high = C::kUnits;
     if (!part.whole(task.line)) put_together(d, task, place, part, low, high);
@@ -208,29 +171,11 @@ __global__ void OCTAVO_CLUSTER __launch_bounds__(kThreads, Config<kWidth>::kBloc
 
 namespace {
 
-// Zeros stand for what lies beyond a matrix.
-CUtensorMap encode(DType dtype, const void* matrix, int dims, const cuuint64_t* sizes,
-                   const cuuint64_t* strides, const cuuint32_t* box) {
-  CUtensorMap map;
-  const cuuint32_t each[4] = {1, 1, 1, 1};
-  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = tensor_map_encoder()(
-      &map, type, cuuint32_t(dims), const_cast<void*>(matrix), sizes, strides, box, each,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("stream_gemm: cuTensorMapEncodeTiled: error " +
-                             std::to_string(int(result)));
-  }
-  return map;
-}
-
 CUtensorMap map_of_x(const StreamGemm& gemm) {
   const cuuint64_t sizes[2] = {cuuint64_t(gemm.k), cuuint64_t(gemm.rows)};
   const cuuint64_t strides[1] = {cuuint64_t(gemm.x_stride) * 2};
   const cuuint32_t box[2] = {kDepth, cuuint32_t(gemm.width / kCluster)};
-  return encode(gemm.dtype, gemm.x, 2, sizes, strides, box);
+  return tensor_map(gemm.dtype, gemm.x, 2, sizes, strides, box);
 }
 
 // Column, row of eight, half, eight of the half. Of one half alone the stride is never taken; it is
@@ -241,7 +186,7 @@ CUtensorMap map_of_w(const StreamGemm& gemm, int halves) {
   const cuuint64_t half_bytes = (halves == 1 ? 8 : half_rows) * row_bytes;
   const cuuint64_t strides[3] = {row_bytes, half_bytes, 8 * row_bytes};
   const cuuint32_t box[4] = {kDepth, 8, cuuint32_t(halves), cuuint32_t(kRows / 8 / halves)};
-  return encode(gemm.dtype, gemm.w, 4, sizes, strides, box);
+  return tensor_map(gemm.dtype, gemm.w, 4, sizes, strides, box);
 }
 
 template <typename F>
@@ -263,12 +208,6 @@ auto kernel_of() {
   static const bool allowed = allow_shared(kernel, Config<kWidth>::kSharedBytes);
   (void)allowed;
   return kernel;
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-  return value;
 }
 
 template <int kWidth>
@@ -311,10 +250,10 @@ Task task_of(const StreamGemm& gemm) {
 
 int stream_gemm_pairs(int device) {
   using namespace stream;
-  if (attribute(cudaDevAttrComputeCapabilityMajor, device) != 9) return 0;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) != 9) return 0;
   // Another process's blocks may hold the multiprocessors that some of ours are waited for on.
-  if (attribute(cudaDevAttrMpsEnabled, device) != 0) return 0;
-  int pairs = attribute(cudaDevAttrMultiProcessorCount, device) / kCluster;
+  if (device_attribute(cudaDevAttrMpsEnabled, device) != 0) return 0;
+  int pairs = device_attribute(cudaDevAttrMultiProcessorCount, device) / kCluster;
   for (int width : {32, 64, 128, 192, 256}) {
     with_width(width, [&](auto w) { pairs = std::min(pairs, pairs_of<decltype(w)::value>()); });
   }

@@ -2,6 +2,7 @@
 // else is done to them (PTX ISA, "movmatrix").
 #pragma once
 
+#include "cuda/activation.cuh"
 #include "cuda/cluster.cuh"
 #include "cuda/stream_gemm.h"
 #include "cuda/stream_share.cuh"
@@ -38,9 +39,6 @@ __device__ __forceinline__ uint32_t turned(uint32_t pair) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
-
-// As activation.cuh's, by the fast division: while a tile is stored, nothing is multiplied.
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // Eight columns of two rows, summed and stored.
 template <typename T>
@@ -112,8 +110,8 @@ struct Store {
 
  private:
   __device__ uint32_t gated(const float (&d)[4]) const {
-    return pack<T>(silu(d[0] + bias[0]) * (d[2] + bias[1]),
-                   silu(d[1] + bias[0]) * (d[3] + bias[1]));
+    return pack<T>(fast_silu(d[0] + bias[0]) * (d[2] + bias[1]),
+                   fast_silu(d[1] + bias[0]) * (d[3] + bias[1]));
   }
 };
 

@@ -1,9 +1,15 @@
-// The warpgroup's products of a stage: 64 rows of the matrix by the rows of x (PTX ISA, "wgmma").
+// Products of stages that a cluster's ring brings: two warpgroups take 64 rows each of a stage's first
+// matrix, by all rows of its second (PTX ISA, "wgmma").
 #pragma once
 
+#include "cuda/cluster.cuh"
+#include "cuda/pipeline.cuh"
 #include "cuda/warpgroup.cuh"
 
-namespace octavo::cuda::stream {
+namespace octavo::cuda {
+
+constexpr int kDepth = 64;             // columns a stage
+constexpr int kRowBytes = kDepth * 2;  // the swizzle's width
 
 // clang-format off
 #define OCTAVO_TILE(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
@@ -79,4 +85,41 @@ __device__ __forceinline__ void multiply(float (&d)[kTiles][4], uint64_t a, uint
 #undef OCTAVO_TILES_4
 #undef OCTAVO_TILE
 
-}  // namespace octavo::cuda::stream
+// A warp has left the stage, in both blocks.
+__device__ __forceinline__ void release_to_both(const Ring& ring, RingPosition at) {
+  __syncwarp();
+  const int lane = threadIdx.x % 32;
+  if (lane < kCluster) arrive_at(ring.empty(at), lane);
+}
+
+// d is the product of the stages of steps `from` to `to`, which begin at `at`. A stage's first matrix
+// takes `first_bytes`, its second lies behind it.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_stages(float (&d)[kTiles][4], const Ring& ring,
+                                                RingPosition& at, int from, int to,
+                                                int first_bytes) {
+  const uint32_t of_group = threadIdx.x / 128 * (first_bytes / 2);
+  RingPosition before;
+  for (int step = from; step < to; ++step) {
+    ring.wait_filled(at);
+    const uint32_t a = ring.stage(at) + of_group, b = ring.stage(at) + first_bytes;
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k) {
+      multiply<T>(d, panel_descriptor(a + k * 32, 16), panel_descriptor(b + k * 32, 16),
+                  step > from || k > 0);
+    }
+    products_end();
+    if (step > from) {
+      products_wait<1>();
+      release_to_both(ring, before);
+    }
+    before = at;
+    at.advance(ring.stages);
+  }
+  products_wait<0>();
+  settle(d);
+  release_to_both(ring, before);
+}
+
+}  // namespace octavo::cuda
