@@ -12,11 +12,10 @@ from torch.nn import functional
 
 import octavo_kernels._cuda as _cuda
 from octavo_kernels import cuda_lt, cuda_stream
+from octavo_kernels.cuda_stream import ADD, GATED, STORE
 from octavo_kernels.native import FUNCTIONS, Unfused, address, profile, stream_of, type_code
 from octavo_kernels.reference import Function, Norm
 
-# In the order of skinny_gemm.h's Epilogue.
-_STORE, _ADD, _GATED = range(3)
 _ALIGNMENT = 16  # bytes
 # Of a weight that the next product reads: more would push out of the L2 cache what is needed first.
 _AHEAD_BYTES = 24 * 2**20
@@ -65,12 +64,12 @@ def gated_linear(
         raise Unfused
     out = x.new_empty((x.shape[0], weight.shape[0] // 2))
     if plan is not None:
-        cuda_stream.product(x, weight, bias, out, plan, epilogue=cuda_stream.GATED)
+        cuda_stream.product(x, weight, bias, out, plan, epilogue=GATED)
         return out
     if many:
         gated_gemm(x, weight, function, out)
         return out
-    skinny_gemm(x, weight, bias, out, norm=norm, epilogue=_GATED, function=function, ahead=ahead)
+    skinny_gemm(x, weight, bias, out, norm=norm, epilogue=GATED, function=function, ahead=ahead)
     return out
 
 
@@ -82,11 +81,11 @@ def linear_add(
     ahead: torch.Tensor | None,
 ) -> None:
     if _skinny_serves(x, weight, bias, None):
-        skinny_gemm(x, weight, bias, residual, epilogue=_ADD, ahead=ahead)
+        skinny_gemm(x, weight, bias, residual, epilogue=ADD, ahead=ahead)
         return
     plan = _plan_of(x, weight, bias)
     if plan is not None and cuda_stream.aligned(x, weight, residual):
-        cuda_stream.product(x, weight, bias, residual, plan, epilogue=cuda_stream.ADD)
+        cuda_stream.product(x, weight, bias, residual, plan, epilogue=ADD)
         return
     many = not takes_few_rows(*x.shape) and not profile.deterministic
     if not (many and lt_takes(x, weight) and cuda_lt.add_product(x, weight, bias, residual)):
@@ -100,7 +99,7 @@ def skinny_gemm(
     out: torch.Tensor,
     *,
     norm: Norm | None = None,
-    epilogue: int = _STORE,
+    epilogue: int = STORE,
     function: Function = "silu",
     ahead: torch.Tensor | None = None,
 ) -> None:

@@ -25,7 +25,10 @@ def nothing_known(monkeypatch):
 def test_many_rows_take_the_next_larger_sizes_algorithm() -> None:
     for rows in (256, 600, 1024, 4096):
         cuda_lt.keep(SIZE._replace(rows=rows), bytes([rows % 251] * 64))
-    at = lambda rows: cuda_lt.algorithm_of(SIZE._replace(rows=rows))  # noqa: E731
+
+    def at(rows: int) -> bytes | None:
+        return cuda_lt.algorithm_of(SIZE._replace(rows=rows))
+
     assert at(256) == bytes([256 % 251] * 64)
     assert at(255) is None  # few rows: only what was timed
     assert at(513) == bytes([600 % 251] * 64)

@@ -8,8 +8,9 @@ import torch
 
 from octavo.core.step import NO_TOKEN
 from octavo.engine.logits import Draw
-from octavo.engine.sampler import SEGMENT, draw_key, sample
+from octavo.engine.sampler import draw_key, sample
 from octavo.params import SamplingParams
+from octavo_kernels.reference_sampling import SEGMENT
 
 
 def params(**changes) -> SamplingParams:

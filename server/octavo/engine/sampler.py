@@ -21,12 +21,11 @@ import torch
 from octavo.core.step import NO_TOKEN, NOTHING_ALLOWED
 from octavo.engine.logits import Draw, adjust, candidates, changes, narrows, scale
 from octavo.params import SamplingParams
+from octavo_kernels.reference_sampling import SEGMENT  # all devices draw alike
 
 _MASK64 = (1 << 64) - 1
 # Below this temperature the division would only amplify rounding; the draw is the maximum.
 GREEDY_BELOW = 1e-5
-# Tokens of a segment; as in the kernels, so that all devices draw alike.
-SEGMENT = 256
 
 
 def draw_stream(params: SamplingParams, engine_seed: int, seq_id: int, branch: int = 0) -> int:
