@@ -199,13 +199,21 @@ class LayerStack:
         max_positions: int,
         num_blocks: int,
         block_size: int,
+        vocab: int,
+        embedding: int,
+        final_norm: int,
+        head: int,
     ) -> None: ...
+    ahead: int
+    engine_tokens: int
     def rows(self) -> int: ...
     def workspace_bytes(self) -> int: ...
     def decode(
         self,
         *,
         residual: int,
+        tokens: int,
+        logits: int,
         rows: int,
         positions: int,
         slots: int,

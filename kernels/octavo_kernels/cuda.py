@@ -24,12 +24,13 @@ from octavo_kernels.cuda_elementwise import (
 )
 from octavo_kernels.cuda_gemm import gated_linear, linear, linear_add
 from octavo_kernels.cuda_moe import mixture
-from octavo_kernels.cuda_persistent import decode_layers, layer_stack
+from octavo_kernels.cuda_persistent import decode_layers, decode_logits, layer_stack
 from octavo_kernels.cuda_sampling import restart_marks, sample, token_logprobs
 from octavo_kernels.cuda_tune import tune_products
 
 __all__ = [
     "act", "act_and_mul", "apply_updates", "build_inputs", "copy_blocks", "decode_layers",
+    "decode_logits",
     "device_report", "embed", "gated_linear", "layer_norm", "layer_stack", "linear", "linear_add",
     "mixture", "paged_attention", "plan_attention", "qk_norm_rope_write", "record_tokens",
     "restart_marks", "rms_norm", "rope", "sample", "swap_blocks", "token_logprobs",

@@ -34,13 +34,29 @@ class DecoderLayer:
 
 
 @dataclass(slots=True, frozen=True, eq=False)
+class Ends:
+    """What is around the layers: the embedding and the head, [vocab, hidden], which may be one, and
+    the last norm, of the layers' kind.
+    """
+
+    embedding: torch.Tensor
+    norm: torch.Tensor
+    head: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All of them, in the order in which a step takes them."""
+        return self.embedding, self.norm, self.head
+
+
+@dataclass(slots=True, frozen=True, eq=False)
 class LayerStack:
     """The layers as the kernel takes them, for steps of up to `rows` rows, as long as their tensors
     are there: it has only their addresses. Steps follow each other on one stream: they share the
-    workspace.
+    workspace. With a `vocab` above 0 it takes tokens and gives logits, too.
     """
 
     rows: int
+    vocab: int
     native: object
     table: torch.Tensor
     workspace: torch.Tensor

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from octavo_kernels.dispatch import implementation, run
-from octavo_kernels.layer_stack import DecoderLayer, LayerStack
+from octavo_kernels.layer_stack import DecoderLayer, Ends, LayerStack
 from octavo_kernels.match import Arg, checks, match
 from octavo_kernels.native import profile
 from octavo_kernels.reference import Function
 
-__all__ = ["DecoderLayer", "LayerStack", "decode_layers", "layer_stack"]
+__all__ = ["DecoderLayer", "Ends", "LayerStack", "decode_layers", "decode_logits", "layer_stack"]
 
 
 def layer_stack(
@@ -28,18 +28,27 @@ def layer_stack(
     norm_offset: float,
     scale: float,
     cos_sin: torch.Tensor,
+    ends: Ends | None = None,
 ) -> LayerStack | None:
-    """What `decode_layers` takes, or None where no kernel serves these layers. All share one
-    table of cosines and sines, and their heads turn as a whole.
+    """What `decode_layers` takes, and `decode_logits` if the kernel serves `ends`; None where none
+    serves these layers. All share one table of cosines and sines, and their heads turn as a whole.
 
     It keeps the addresses of all tensors, but not them, and waits for the GPU once.
     """
     for layer in layers:
         _match_layer(layer, heads, cos_sin)
+    if ends is not None:
+        match(
+            "layer_stack",
+            Arg("qkv", layers[0].qkv, "columns hidden"),
+            Arg("embedding", ends.embedding, "vocab hidden"),
+            Arg("norm", ends.norm, "hidden"),
+            Arg("head", ends.head, "vocab hidden"),
+        )
     like = layers[0].qkv
     if implementation(like.device, like.dtype) != "cuda" or profile.deterministic:
         return None
-    args = (layers, heads, function, norm_eps, norm_offset, scale, cos_sin)
+    args = (layers, heads, function, norm_eps, norm_offset, scale, cos_sin, ends)
     stack: LayerStack | None = run("layer_stack", like, *args)
     return stack
 
@@ -66,6 +75,34 @@ def decode_layers(
             Arg("block_tables", block_tables, "rows max_blocks", torch.int32),
         )
     run("decode_layers", residual, stack, residual, positions, slots, seq_lens, block_tables)
+
+
+def decode_logits(
+    stack: LayerStack,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """All of such a step: `embed`, `decode_layers`, and the head with the last norm, to `out`
+    [rows, vocab] in the layers' type. For stacks with a `vocab`.
+    """
+    if checks.on:
+        size = match(
+            "decode_logits",
+            Arg("token_ids", token_ids, "rows", torch.int64),
+            Arg("positions", positions, "rows", torch.int64),
+            Arg("slots", slots, "rows", torch.int64),
+            Arg("seq_lens", seq_lens, "rows", torch.int32),
+            Arg("block_tables", block_tables, "rows max_blocks", torch.int32),
+            Arg("out", out, "rows vocab"),
+        )
+        if size["vocab"] != stack.vocab:
+            raise ValueError(f"decode_logits: out has {size['vocab']} columns, not {stack.vocab}")
+    args = (token_ids, positions, slots, seq_lens, block_tables, out)
+    run("decode_logits", out, stack, *args)
 
 
 def _match_layer(layer: DecoderLayer, heads: int, cos_sin: torch.Tensor) -> None:

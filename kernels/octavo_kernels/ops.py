@@ -22,7 +22,14 @@ from octavo_kernels.dispatch import (
 )
 from octavo_kernels.experts import Experts, mixture
 from octavo_kernels.heads import HeadNorm, Rotation, check_rotary, qk_norm_rope_write
-from octavo_kernels.layers import DecoderLayer, LayerStack, decode_layers, layer_stack
+from octavo_kernels.layers import (
+    DecoderLayer,
+    Ends,
+    LayerStack,
+    decode_layers,
+    decode_logits,
+    layer_stack,
+)
 from octavo_kernels.match import Arg, checks, match, unchecked
 from octavo_kernels.products import (
     deterministic,
@@ -36,13 +43,13 @@ from octavo_kernels.reference import PLAIN, Function, Norm, Variant
 from octavo_kernels.sampling import sample, token_logprobs
 
 __all__ = [
-    "PLAIN", "AttentionWork", "DecoderLayer", "Experts", "Function", "HeadNorm", "LayerStack",
-    "Norm", "Rotation", "Variant", "act", "act_and_mul", "attention_work", "calls", "copy_blocks",
-    "decode_layers", "deterministic", "device_report", "embed", "forced", "forced_instruction_set",
-    "gated_linear", "implementation", "implementations", "instruction_sets", "keep_tuning",
-    "layer_norm", "layer_stack", "linear", "linear_add", "mixture", "paged_attention",
-    "plan_attention", "qk_norm_rope_write", "rms_norm", "rope", "sample", "swap_blocks",
-    "token_logprobs", "tune_products", "unchecked", "write_kv",
+    "PLAIN", "AttentionWork", "DecoderLayer", "Ends", "Experts", "Function", "HeadNorm",
+    "LayerStack", "Norm", "Rotation", "Variant", "act", "act_and_mul", "attention_work", "calls",
+    "copy_blocks", "decode_layers", "decode_logits", "deterministic", "device_report", "embed",
+    "forced", "forced_instruction_set", "gated_linear", "implementation", "implementations",
+    "instruction_sets", "keep_tuning", "layer_norm", "layer_stack", "linear", "linear_add",
+    "mixture", "paged_attention", "plan_attention", "qk_norm_rope_write", "rms_norm", "rope",
+    "sample", "swap_blocks", "token_logprobs", "tune_products", "unchecked", "write_kv",
 ]  # fmt: skip
 
 

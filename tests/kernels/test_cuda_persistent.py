@@ -1,4 +1,4 @@
-"""All layers of a decode step in one kernel, against the operations that they are made of."""
+"""All layers of a decode step in one kernel, and all of the step, against their operations."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 EPS = 1e-6
 # Of two layers, as a share of the result's norm; each of some ten roundings is half of 2^-8.
 LIMIT = {BF16: 1.5e-2, FP16: 3e-3}
+# Of logits of the same hidden states: one rounding each, of sums in another order.
+HEAD_LIMIT = {BF16: 4e-3, FP16: 1e-3}
 LENGTHS = [
     [1], [15], [16], [17], [33], [600], [5000], [0], [17, 1], [600, 0, 5000], [3, 600, 17, 16],
     [5000, 1, 2, 700, 33, 0, 64, 65],
@@ -32,6 +34,8 @@ class Stack:
     head_norms: bool = True
     blocks: int = 900
     block_size: int = 16
+    vocab: int = 512
+    tied: bool = False
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -65,6 +69,9 @@ class Stack:
             )
             for i in range(self.layers)
         ]
+        embedding = matrix(self.vocab, self.hidden)
+        head = embedding if self.tied else matrix(self.vocab, self.hidden)
+        self.ends = ops.Ends(embedding, norm(self.hidden), head)
 
     def noise(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         made = torch.randn(shape, generator=self.generator, device=self.device)
@@ -79,6 +86,7 @@ class Stack:
             norm_offset=0.0,
             scale=self.dim**-0.5,
             cos_sin=self.cos_sin,
+            ends=self.ends,
         )
 
 
@@ -108,11 +116,20 @@ class Step:
         self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32, device=device)
         self.positions = (self.seq_lens.long() - 1).clamp(min=0)
         self.x = stack.noise(len(self.lengths), stack.hidden)
+        self.tokens = torch.arange(len(self.lengths), device=device) * 7 % stack.vocab
         self.starts = torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=device)
 
     def run(self, prepared: ops.LayerStack, x: torch.Tensor) -> None:
         args = self.positions, self.slots, self.seq_lens, self.tables
         ops.decode_layers(prepared, x, *args)
+
+    def run_whole(self, prepared: ops.LayerStack, out: torch.Tensor) -> None:
+        args = self.positions, self.slots, self.seq_lens, self.tables
+        ops.decode_logits(prepared, self.tokens, *args, out)
+
+    def logits(self) -> torch.Tensor:
+        shape = len(self.lengths), self.stack.vocab
+        return torch.full(shape, float("nan"), device=self.stack.device, dtype=self.stack.dtype)
 
     def wanted(self, cache: torch.Tensor) -> torch.Tensor:
         """By the reference's operations, one after the other; writes to `cache`."""
@@ -216,6 +233,93 @@ def test_replays_give_the_same_bits() -> None:
         assert torch.equal(replayed, x)
 
 
+def check_whole(stack: Stack, lengths: list[int]) -> None:
+    """Logits from tokens, against the same layers between an embedding and a product."""
+    prepared = stack.prepared()
+    assert prepared is not None
+    assert prepared.vocab == stack.vocab
+    step = Step(stack, lengths)
+    step.tokens[-1] = -1  # what a failed draw left behind: zeros
+    x = ops.embed(step.tokens, stack.ends.embedding)
+    step.run(prepared, x)
+    cache = stack.cache.clone()
+    normed = ops.rms_norm(x, stack.ends.norm, EPS)
+    wanted = normed.float() @ stack.ends.head.float().T
+    for _ in range(2):
+        stack.cache.flatten(2, 3)[:, :, [slot for slot in step.slots.tolist() if slot >= 0]] = 7.0
+        got = step.logits()
+        step.run_whole(prepared, got)
+        assert (got.float() - wanted).norm() <= HEAD_LIMIT[stack.dtype] * wanted.norm()
+        assert torch.equal(stack.cache.view(torch.int16), cache.view(torch.int16))
+
+
+@needs_gpu_kernels
+@pytest.mark.parametrize("vocab", [8, 200, 4104])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_logits_of_tokens(dim, dtype, vocab) -> None:
+    """Heads of which many blocks have no part, and of which each has several passes."""
+    for lengths in [33], [600, 1, 0, 17]:
+        check_whole(Stack(dim=dim, dtype=dtype, vocab=vocab, tied=vocab == 200), lengths)
+
+
+@needs_gpu_kernels
+@pytest.mark.parametrize("vocab", [128256, 151936])
+def test_logits_of_a_large_vocabulary(vocab) -> None:
+    check_whole(Stack(2, 1024, 3072, 16, 8, blocks=150, vocab=vocab, tied=True), [600, 17])
+
+
+@needs_gpu_kernels
+def test_logits_of_wide_rows() -> None:
+    check_whole(Stack(1, 4096, 14336, 32, 8, head_norms=False, blocks=150, vocab=16384), [600])
+
+
+@needs_gpu_kernels
+def test_both_kinds_of_steps_in_turns() -> None:
+    """They share the words that blocks hand each other, and the number of passes so far."""
+    stack = Stack(4, 1024, 3072, 16, 8, blocks=150, vocab=8192)
+    prepared = stack.prepared()
+    assert prepared is not None
+    step = Step(stack, [600, 33])
+    x, logits = step.x.clone(), step.logits()
+    step.run(prepared, x)
+    step.run_whole(prepared, logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers = step.x.clone()
+        step.run(prepared, layers)
+        whole = step.logits()
+        step.run_whole(prepared, whole)
+        step.run_whole(prepared, whole)
+    for _ in range(100):
+        graph.replay()
+        assert torch.equal(layers, x)
+        assert torch.equal(whole, logits)
+
+
+@needs_gpu_kernels
+@pytest.mark.parametrize("ahead", [1, 2, 3, 4])
+@pytest.mark.parametrize("engine_tokens", [0, 1 << 20])
+def test_ways_to_ask_memory_give_the_same_bits(ahead, engine_tokens) -> None:
+    stack = Stack(dim=64, blocks=400)
+    usual, other = stack.prepared(), stack.prepared()
+    assert usual is not None
+    assert other is not None
+    other.native.ahead, other.native.engine_tokens = ahead, engine_tokens
+    step = Step(stack, [5000, 700, 17, 1])
+    x, y = step.x.clone(), step.x.clone()
+    step.run(usual, x)
+    step.run(other, y)
+    assert torch.equal(x, y)
+
+
+@needs_gpu_kernels
+def test_a_vocabulary_that_no_unit_divides_has_layers_only() -> None:
+    prepared = Stack(vocab=501).prepared()
+    assert prepared is not None
+    assert prepared.vocab == 0
+
+
 def test_there_is_no_stack_on_a_cpu() -> None:
     stack = Stack(device="cpu", blocks=4)
     assert stack.prepared() is None
@@ -225,4 +329,11 @@ def test_a_wrong_matrix_is_named() -> None:
     stack = Stack(device="cpu", blocks=4, heads=4)
     stack.heads = 6
     with pytest.raises(ValueError, match="layer_stack: columns is 1024, but 6 heads ask for 1280"):
+        stack.prepared()
+
+
+def test_a_wrong_head_is_named() -> None:
+    stack = Stack(device="cpu", blocks=4)
+    stack.ends = ops.Ends(stack.ends.embedding, stack.ends.norm, stack.ends.head[:, :128])
+    with pytest.raises(ValueError, match=r"layer_stack: head"):
         stack.prepared()

@@ -83,3 +83,9 @@ def test_few_decodes_give_what_the_layers_give_one_by_one(dtype) -> None:
     limit = 2e-2 if dtype == torch.bfloat16 else 3e-3
     assert (got - wanted).norm() <= limit * wanted.norm()
     torch.testing.assert_close(cache, copy, rtol=0.1, atol=8 * limit)
+    logits = torch.empty(3, spec.vocab_size, dtype=dtype, device=device)
+    decoder.decode(batch, cache, logits)
+    assert ops.calls["decode_logits", "cuda"] == 1
+    assert not decoder.plans_attention(3, cache)
+    wanted = decoder.raw_logits(got).float()
+    assert (logits.float() - wanted).norm() <= limit * wanted.norm()

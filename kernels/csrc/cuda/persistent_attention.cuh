@@ -41,7 +41,8 @@ __device__ __forceinline__ HeadPart turned(HeadPart part, float2 cos, float2 sin
 // One head by one warp: from the words of qkv, normed and turned where it is a query or a key.
 template <typename T, int kDim>
 __device__ __forceinline__ HeadPart take_head(const Task& task, const Pass& pass, int row,
-                                              int head, const void* norm, bool turns) {
+                                              int64_t position, int head, const void* norm,
+                                              bool turns) {
   constexpr int kLanes = kDim / 4;
   const int lane = threadIdx.x % 32, columns = (task.heads + 2 * task.kv_heads) * kDim;
   const bool live = lane < kLanes;
@@ -50,8 +51,6 @@ __device__ __forceinline__ HeadPart take_head(const Task& task, const Pass& pass
   float2 cos{}, sin{};
   if (live && norm) weights = {__ldg(weight + lane), __ldg(weight + kLanes + lane)};
   if (live && turns) {
-    const int64_t position = __ldcg(task.rows.positions + row);
-    if (position < 0 || position >= task.stack.max_positions) __trap();
     const auto* angles = reinterpret_cast<const float2*>(task.stack.cos_sin + position * kDim);
     cos = __ldg(angles + lane), sin = __ldg(angles + kLanes + lane);
   }
@@ -90,7 +89,7 @@ __device__ __forceinline__ void put_head(HeadPart part, void* to) {
 // two to the cache as well; a warp a head.
 template <typename T, int kDim>
 __device__ __forceinline__ void take_heads(const Task& task, const Pass& pass, const Item& item,
-                                           uint8_t* heads) {
+                                           const Schedule& schedule, uint8_t* heads) {
   const int group = task.group, count = group + (item.last ? 2 : 0);
 #pragma unroll 1
   for (int i = threadIdx.x / 32; i < count; i += kWarps) {
@@ -98,11 +97,11 @@ __device__ __forceinline__ void take_heads(const Task& task, const Pass& pass, c
     const int head = query ? item.head * group + i
                            : task.heads + item.head + (key ? 0 : task.kv_heads);
     const void* norm = query ? pass.layer.query_norm : key ? pass.layer.key_norm : nullptr;
-    const auto part = take_head<T, kDim>(task, pass, item.row, head, norm, query || key);
+    const auto part = take_head<T, kDim>(task, pass, item.row, schedule.positions[item.row], head,
+                                         norm, query || key);
     put_head<kDim>(part, heads + (query ? i : kMostGroup + (key ? 0 : 1)) * head_pitch(kDim));
     if (query) continue;
-    const int64_t slot = __ldcg(task.rows.slots + item.row);
-    if (slot < -1 || slot >= task.num_slots) __trap();
+    const int64_t slot = schedule.slots[item.row];
     if (slot < 0) continue;
     auto* plane = static_cast<char*>(key ? pass.layer.keys : pass.layer.values);
     put_head<kDim>(part, plane + (slot * task.kv_heads + item.head) * kDim * 2);
@@ -260,8 +259,10 @@ __device__ __forceinline__ Word* part_of(const Task& task, int item, int head) {
 }
 
 template <int kDim>
-__device__ __forceinline__ Word* mixed_of(const Task& task, int row, int head) {
-  return task.exchange.mixed + (int64_t(row) * task.heads + head) * (kDim / 2);
+__device__ __forceinline__ void put_mixed(const Task& task, const Pass& pass, int row, int head,
+                                          int column, uint32_t data) {
+  const int64_t place = ((int64_t(row) * task.heads + head) * kDim + column) / 2;
+  task.exchange.mixed.put(place, data, pass.tag);
 }
 
 // Puts the first `warps` warps' sums together, in their order: to the output where the item is all
@@ -304,8 +305,8 @@ __device__ __forceinline__ void put_together(const Task& task, const Pass& pass,
                 *reinterpret_cast<const float2*>(values + place * kWide + column));
     }
     if (item.chunks == 1) {
-      put_word(mixed_of<kDim>(task, item.row, item.head * group + head) + column / 2,
-               total.result<T>(), pass.tag);
+      put_mixed<kDim>(task, pass, item.row, item.head * group + head, column,
+                      total.result<T>());
       continue;
     }
     Word* to = part_of<kDim>(task, item.number, head);
@@ -359,7 +360,7 @@ __device__ __forceinline__ void combine(const Task& task, const Pass& pass,
   total.add_lane(16);
   if (share != 0) return;
   // A row of padding has no chunks, and zeros.
-  put_word(mixed_of<kDim>(task, row, head) + column / 2, chunks ? total.result<T>() : 0, pass.tag);
+  put_mixed<kDim>(task, pass, row, head, column, chunks ? total.result<T>() : 0);
 }
 
 // A layer's attention; all consumers. Blocks without an item begin with the chunks of others.
@@ -370,7 +371,7 @@ __device__ __forceinline__ void attend(const Task& task, const Pass& pass, const
 #pragma unroll 1
   for (int i = blockIdx.x; i < schedule.items; i += gridDim.x) {
     const Item item(schedule, task.kv_heads, i);
-    take_heads<T, kDim>(task, pass, item, shared.heads());
+    take_heads<T, kDim>(task, pass, item, schedule, shared.heads());
     sync_first(kThreads);
     Running<kDim> running;
     const int warps = take_item<T, kDim>(task, item, shared, at, running);

@@ -1,11 +1,13 @@
-// All layers of a decode step of few rows in one launch: one block a multiprocessor, for the whole
-// of it. Between kernels, and between the barriers of one, memory has nothing to do: here a warp of
-// each block streams the weights of all layers through one ring in shared memory, up to 200 KB
-// ahead, whatever the others wait for. The others hand each other activations as tagged words
-// (persistent_words.cuh), so that a block begins a product when what it needs is there.
+// All layers of a decode step of few rows in one launch, or all of the step: one block a
+// multiprocessor, for the whole of it. Between kernels, and between the barriers of one, memory has
+// nothing to do: here a warp of each block streams all weights through one ring in shared memory,
+// up to 200 KB ahead, whatever the others wait for. The others hand each other activations as
+// tagged words (persistent_words.cuh), so that a block begins a product when what it needs is
+// there.
 //
 // Each layer: norm and qkv; attention; output added to the residual; norm, gate and up; down added
-// to the residual. Rounded where the kernels for one operation each round.
+// to the residual. Rounded where the kernels for one operation each round. Where logits are wanted,
+// the last norm and the head follow, whose weights come while the last layer ends.
 //
 // A word is overwritten a layer later, by a block that has meanwhile taken later results of every
 // other, for which that one had read the word: every block has rows of qkv and of gate and up.
@@ -37,12 +39,12 @@ struct Consumers {
     bring_norm(shared.table()[0].input_norm, task.hidden, shared.input_norm());
     wait_for_previous();
     const Portion output = portion_of(task, shared, kDim, kOutput);
-    const auto* from = static_cast<const T*>(task.rows.residual);
     const int rows = task.num_rows;
 #pragma unroll 1
     for (int i = threadIdx.x; i < output.units * rows * kGroup; i += kThreads) {
       const int line = i / kGroup, column = (output.first + line / rows) * kGroup + i % kGroup;
-      shared.residual()[i] = widen(__ldcg(from + line % rows * task.hidden + column));
+      const auto* row = reinterpret_cast<const T*>(first_row(task, line % rows));
+      shared.residual()[i] = row ? widen(__ldcg(row + column)) : 0.0f;
     }
     if (threadIdx.x / 32 == kWarps - 1) make_schedule(task, shared.schedules());
     sync_first(kThreads);
@@ -50,12 +52,12 @@ struct Consumers {
 
   __device__ __forceinline__ Source source(const Pass& pass, int product, int width) const {
     const Exchange& from = task.exchange;
-    Source x{nullptr, from.residual, pass.tag, task.num_rows, width};
-    if (product == kQkv && pass.number == 0) x.plain = task.rows.residual;
-    if (product == kQkv) --x.tag;
-    if (product == kOutput) x.words = from.mixed;
-    if (product == kGateUp) x.words = from.middle;
-    if (product == kDown) x.words = from.inner;
+    Source x{from.residual.mine(), pass.tag, task.num_rows, width};
+    if (product == kQkv && pass.number == 0) x.words = nullptr;
+    if (product == kQkv || product == kHead) --x.tag;
+    if (product == kOutput) x.words = from.mixed.mine();
+    if (product == kGateUp) x.words = from.middle.mine();
+    if (product == kDown) x.words = from.inner.mine();
     return x;
   }
 
@@ -73,6 +75,8 @@ struct Consumers {
     const int64_t place = (int64_t(out.row) * width + out.column) / 2;
     if (product == kQkv) {
       put_word(to.qkv + place, pack<T>(out.first.x, out.first.y), pass.tag);
+    } else if (product == kHead) {
+      static_cast<uint32_t*>(task.rows.logits)[place] = pack<T>(out.first.x, out.first.y);
     } else if (product == kGateUp) {
       float gate[2] = {out.first.x, out.first.y};
 #pragma unroll 1
@@ -83,32 +87,42 @@ struct Consumers {
       }
       const uint32_t both =
           pack<T>(gate[0] * rounded<T>(out.second.x), gate[1] * rounded<T>(out.second.y));
-      put_word(to.inner + place, both, pass.tag);
+      to.inner.put(place, both, pass.tag);
     } else {
       const uint32_t sums = add(out);
-      if (product == kDown && pass.number + 1 == task.num_layers) {
+      const bool last = pass.number + 1 == task.num_layers && task.rows.residual != nullptr;
+      if (product == kDown && last) {
         static_cast<uint32_t*>(task.rows.residual)[place] = sums;
       } else {
-        put_word((product == kDown ? to.residual : to.middle) + place, sums, pass.tag);
+        (product == kDown ? to.residual : to.middle).put(place, sums, pass.tag);
       }
     }
   }
 
+  // The norm of the pass behind this one; null: there is none.
+  __device__ __forceinline__ const void* next_norm(const Pass& pass) const {
+    const int next = pass.number + 1;
+    if (next < task.num_layers) return shared.table()[next].input_norm;
+    return task.rows.residual ? nullptr : task.stack.final_norm;
+  }
+
+  // A pass through a layer, or behind all of them through the head.
   __device__ __forceinline__ void run(const Pass& pass) {
+    const bool head = pass.number == task.num_layers;
 #pragma unroll 1
-    for (int product = 0; product < kProducts; ++product) {
+    for (int product = head ? kHead : kQkv; product < kProducts + head; ++product) {
       if (product == kOutput) {
         // Nobody reads either any more, and the first is needed after this layer's attention.
         bring_norm(pass.layer.mlp_norm, task.hidden, shared.mlp_norm());
-        const int next = min(pass.number + 1, task.num_layers - 1);
-        bring_norm(shared.table()[next].input_norm, task.hidden, shared.input_norm());
+        const void* next = next_norm(pass);
+        if (next) bring_norm(next, task.hidden, shared.input_norm());
         attend<T, kDim>(task, pass, shared, at);
       }
       const Portion portion = portion_of(task, shared, kDim, product);
       if (portion.units == 0) continue;
-      const uint8_t* norm = product == kQkv      ? shared.input_norm()
-                            : product == kGateUp ? shared.mlp_norm()
-                                                 : nullptr;
+      const uint8_t* norm = product == kQkv || product == kHead ? shared.input_norm()
+                            : product == kGateUp                ? shared.mlp_norm()
+                                                                : nullptr;
       stage<T>(task, source(pass, product, portion.k), norm, shared);
       multiply<T>(task, shared, portion, at, [&](const Outputs& out) {
         finish(pass, product, portion.half_rows, out);
@@ -129,7 +143,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   for (int i = threadIdx.x; i < task.num_layers * int(sizeof(DecoderLayer) / 8); i += blockDim.x) {
     reinterpret_cast<uint64_t*>(shared.table())[i] = __ldg(table + i);
   }
-  if (threadIdx.x < kProducts) {
+  if (threadIdx.x <= kHead) {
     shared.portions()[threadIdx.x] = divided(outputs_of(task, kDim, threadIdx.x));
   }
   __syncthreads();
@@ -140,8 +154,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   Consumers<T, kDim> consumers{task, shared, {}};
   consumers.begin();
 #pragma unroll 1
-  for (int l = 0; l < task.num_layers; ++l) {
-    consumers.run({shared.table()[l], l, shared.schedules()->passes + l + 1});
+  for (int l = 0; l < task.passes(); ++l) {
+    const DecoderLayer& layer = shared.table()[min(l, task.num_layers - 1)];
+    consumers.run({layer, l, shared.schedules()->passes + l + 1});
   }
   // Whoever has put together a part of the last layer's output has results of every block, all of
   // which have read the number before. The last block always has a part, others may have none.
@@ -166,6 +181,7 @@ const Device& device() {
 }
 
 constexpr int kLeastStages = 5;  // fewer do not keep memory busy
+static_assert(kLeastStages > kStreaming);
 
 int64_t qkv_columns(const LayerStack& stack) {
   return (stack.heads + 2 * stack.kv_heads) * stack.dim;
@@ -175,6 +191,16 @@ int64_t qkv_columns(const LayerStack& stack) {
 int blocks_of(const LayerStack& stack) {
   const int64_t least = std::min(qkv_columns(stack), stack.inner) / kGroup;
   return int(std::min<int64_t>(device().multiprocessors, least));
+}
+
+// A model whose blocks wait for each other longer than for memory wants its words to be quick, one
+// with much to read wants memory busy. H100, us a step of one sequence, 2 stages under way, 3, 5
+// and any number: 0.6B (0.24 MB a block and layer) after 600 tokens 592, 597, 602, 596, after 5,000
+// 732, 758, 786, 792; 8B (3.3 MB) after 600 4938, 4758, 4872, 4955.
+int ahead_of(const LayerStack& stack) {
+  const int64_t rows = qkv_columns(stack) + 3 * stack.inner + stack.heads * stack.dim;
+  const int64_t share = rows * stack.hidden * 2 / blocks_of(stack);
+  return share < 2 * device().shared ? kStreaming - 1 : kStreaming;
 }
 
 Task task_of(const LayerStack& stack, int64_t rows) {
@@ -196,6 +222,7 @@ Task task_of(const LayerStack& stack, int64_t rows) {
   const int besides = Layout(stack, task.num_rows, 0, most_units).bytes;
   task.stages = (device().shared - besides) / Ring::bytes(1, kStageBytes);
   task.at = Layout(stack, task.num_rows, task.stages, most_units);
+  task.ahead = stack.ahead > 0 ? std::min(stack.ahead, task.stages - 1) : ahead_of(stack);
   return task;
 }
 
@@ -207,7 +234,7 @@ bool serves(const LayerStack& stack) {
          stack.heads % stack.kv_heads == 0 && stack.heads / stack.kv_heads <= kMostGroup &&
          stack.num_layers > 0 && stack.hidden > 0 && stack.hidden % kGroup == 0 &&
          stack.inner > 0 && stack.inner % kGroup == 0 && stack.block_size > 0 &&
-         (stack.block_size & (stack.block_size - 1)) == 0;
+         (stack.block_size & (stack.block_size - 1)) == 0 && stack.vocab % kGroup == 0;
 }
 
 // The workspace, in words; returns how many.
@@ -217,15 +244,19 @@ int64_t place_words(const LayerStack& stack, Word* base, Exchange& to) {
     words = base + used;
     used += (count + 15) / 16 * 16;
   };
+  const auto place_copies = [&](SharedWords& shared, int64_t width) {
+    shared.size = int((kPersistentRows * width / 2 + 15) / 16 * 16);
+    place(shared.words, SharedWords::kCopies * shared.size);
+  };
   to.passes = reinterpret_cast<uint32_t*>(base);
   const int64_t rows = kPersistentRows, group = stack.heads / stack.kv_heads;
   const int64_t items = std::max<int64_t>(blocks_of(stack), rows * stack.kv_heads);
   place(to.qkv, rows * qkv_columns(stack) / 2);
   place(to.parts, items * group * (stack.dim + 2));
-  place(to.mixed, rows * stack.heads * stack.dim / 2);
-  place(to.middle, rows * stack.hidden / 2);
-  place(to.inner, rows * stack.inner / 2);
-  place(to.residual, rows * stack.hidden / 2);
+  place_copies(to.mixed, stack.heads * stack.dim);
+  place_copies(to.middle, stack.hidden);
+  place_copies(to.inner, stack.inner);
+  place_copies(to.residual, stack.hidden);
   return used;
 }
 
@@ -265,6 +296,9 @@ void persistent_layers(const LayerStack& stack, const DecodeRows& rows, void* wo
   if (rows.rows < 1 || rows.rows > persistent_rows(stack)) {
     throw std::invalid_argument("persistent_layers: no kernel for " + std::to_string(rows.rows) +
                                 " rows of " + std::to_string(stack.hidden));
+  }
+  if (rows.residual == nullptr && stack.vocab == 0) {
+    throw std::invalid_argument("persistent_layers: tokens without an embedding and a head");
   }
   Task task = task_of(stack, rows.rows);
   task.rows = rows;

@@ -1,4 +1,4 @@
-// All layers of a decode step of few rows in one kernel.
+// All layers of a decode step of few rows in one kernel; or all of the step, from tokens to logits.
 #pragma once
 
 #include "types.h"
@@ -17,6 +17,7 @@ enum Product : int {
   kDown = 3,    // [hidden, inner]
 };
 constexpr int kProducts = 4;
+constexpr int kHead = kProducts;  // [vocab, hidden], behind the last layer
 
 // One layer, as the table on the device has it.
 struct DecoderLayer {
@@ -40,11 +41,21 @@ struct LayerStack {
   const float* cos_sin;       // [max_positions, dim]: dim / 2 cosines, then as many sines
   int64_t max_positions;
   int64_t num_blocks, block_size;
+  int64_t vocab;              // a multiple of 8, or 0: nothing of the rest is there
+  const void* embedding;      // [vocab, hidden]
+  const void* final_norm;     // [hidden]
+  const void* head;           // [vocab, hidden]
+  // How memory is asked, see persistent_producer.cuh; benchmarks try others.
+  int ahead;                  // stages of layers under way at once; 0: as many as suit the sizes
+  int engine_tokens;          // longest chunk of cached tokens that the copy engine brings
 };
+constexpr int kEngineTokens = 96;
 
 // One token of each of `rows` sequences. A sequence of length 0 is a row of padding.
 struct DecodeRows {
-  void* residual;             // [rows, hidden], becomes the last layer's output
+  void* residual;             // [rows, hidden], becomes the last layer's output; or null, and then
+  const int64_t* tokens;      // [rows]: of the embedding; below 0 stands for zeros
+  void* logits;               // [rows, vocab]
   int64_t rows;
   const int64_t* positions;   // [rows]
   const int64_t* slots;       // [rows]; -1 stores nothing

@@ -7,10 +7,9 @@
 
 namespace octavo::cuda::persistent {
 
-// Rows [rows, width] of x: as tensors lie in memory, or as words of that tag.
+// Rows [rows, width] of x: words of that tag, or the first layer's input.
 struct Source {
-  const void* plain;  // null: words
-  const Word* words;
+  const Word* words;  // null: the input
   uint32_t tag;
   int rows, width;
 };
@@ -29,16 +28,19 @@ struct RowThreads {
 
 // Gives `take` each of the thread's fours of x: which four of its row, and two packed pairs.
 template <typename Take>
-__device__ __forceinline__ void take_x(const Source& x, const RowThreads& part, Take&& take) {
+__device__ __forceinline__ void take_x(const Task& task, const Source& x, const RowThreads& part,
+                                       Take&& take) {
   const int fours = part.row < x.rows ? x.width / 4 : 0;
-  if (x.plain == nullptr) {
+  if (x.words != nullptr) {
     const Word* words = x.words + int64_t(part.row) * (x.width / 2);
     return take_pairs<4>(words, x.tag, part.first, part.width, fours, take);
   }
-  const auto* from = reinterpret_cast<const uint2*>(static_cast<const char*>(x.plain) +
-                                                    int64_t(part.row) * x.width * 2);
+  if (fours == 0) return;
+  const auto* from = reinterpret_cast<const uint2*>(first_row(task, part.row));
 #pragma unroll 1
-  for (int at = part.first; at < fours; at += part.width) take(at, __ldcg(from + at));
+  for (int at = part.first; at < fours; at += part.width) {
+    take(at, from ? __ldcg(from + at) : uint2{});
+  }
 }
 
 __device__ __forceinline__ uint2& four_at(uint8_t* rows, int width, int row, int four) {
@@ -53,7 +55,7 @@ __device__ __forceinline__ void stage(const Task& task, const Source& x, const u
   const RowThreads part(x.rows);
   const float share = 1.0f / float(x.width);
   float sum = 0;
-  take_x(x, part, [&](int four, uint2 value) {
+  take_x(task, x, part, [&](int four, uint2 value) {
     four_at(shared.scratch(), x.width, part.row, four) = value;
     sum += skinny::square<T>(value.x) + skinny::square<T>(value.y);
   });

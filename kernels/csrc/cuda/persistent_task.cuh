@@ -34,17 +34,18 @@ __host__ __device__ constexpr int x_pitch(int width) { return (width * 2 + 127) 
 // Words that blocks hand each other, by their places in the workspace.
 struct Exchange {
   uint32_t* passes;  // tags given so far: passes of all launches through a layer
-  Word* qkv;         // [rows, columns / 2]: two elements a word, as all but `parts`
-  Word* parts;       // [items, group, dim + 2]: float32 sums of an item, largest score, weights
-  Word* mixed;       // [rows, heads dim / 2]
-  Word* middle;      // [rows, hidden / 2]: the residual after attention
-  Word* inner;       // [rows, inner / 2]
-  Word* residual;    // [rows, hidden / 2]: after the MLP
+  Word* qkv;    // [rows, columns / 2]: two elements a word, as all but `parts`
+  Word* parts;  // [items, group, dim + 2]: float32 sums of an item, largest score, weights
+  SharedWords mixed;     // [rows, heads dim / 2]
+  SharedWords middle;    // [rows, hidden / 2]: the residual after attention
+  SharedWords inner;     // [rows, inner / 2]
+  SharedWords residual;  // [rows, hidden / 2]: after the MLP
 };
 
 // Attention's items: a chunk of a sequence's cached tokens under one key head. The last chunk of a
 // sequence also has the new token, which is not in the cache yet.
 struct Schedule {
+  int64_t positions[kPersistentRows], slots[kPersistentRows];  // of the new tokens
   int chunk;  // tokens, a multiple of kTokens
   int items;
   int cached[kPersistentRows];
@@ -85,7 +86,7 @@ struct Layout {
     residual = table + int(stack.num_layers) * int(sizeof(DecoderLayer));
     schedules = residual + most_units * rows * kGroup * 4;
     portions = schedules + 2 * int(sizeof(Schedule));
-    sums = portions + kProducts * int(sizeof(int2));
+    sums = portions + (kProducts + 1) * int(sizeof(int2));
     bytes = (sums + kWarps * 4 + 15) / 16 * 16;
   }
 };
@@ -95,17 +96,33 @@ struct Task {
   DecodeRows rows;
   Exchange exchange;
   int num_rows, num_layers, hidden, inner, heads, kv_heads, group, stages, block_shift;
+  int ahead;         // LayerStack's
   int row_shift;     // of the power of two that the rows fit in
   Layout at;
   int64_t num_slots;
   float scale;       // of products of queries and keys: to powers of 2
+
+  // Through the layers, and where logits are wanted through the head.
+  __device__ __forceinline__ int passes() const {
+    return num_layers + (rows.residual == nullptr);
+  }
 };
 
-// By one whole warp: chunks as small as give every block one item at most, where that can be.
+// By one whole warp: chunks as small as give every block one item at most, where that can be. A
+// position or slot outside its table is a bug of the caller: it ends the process's context rather
+// than overwrite the keys of another sequence.
 __device__ __forceinline__ void make_schedule(const Task& task, Schedule* to) {
   const int lane = threadIdx.x % 32;
   const bool there = lane < task.num_rows;
   const int length = there ? __ldcg(task.rows.seq_lens + lane) : 0;
+  if (there) {
+    const int64_t position = __ldcg(task.rows.positions + lane);
+    const int64_t slot = __ldcg(task.rows.slots + lane);
+    const bool inside = position >= 0 && position < task.stack.max_positions;
+    if ((!inside && length > 0) || slot < -1 || slot >= task.num_slots) __trap();
+    to->positions[lane] = position;
+    to->slots[lane] = slot;
+  }
   const int cached = max(length - 1, 0);
   int longest = cached, all = cached;
 #pragma unroll
@@ -176,6 +193,19 @@ struct Shared {
   }
 };
 
+// A row of the first layer's input; null: of zeros.
+__device__ __forceinline__ const uint8_t* first_row(const Task& task, int row) {
+  const auto* from = static_cast<const uint8_t*>(task.rows.residual);
+  int64_t line = row;
+  if (from == nullptr) {
+    from = static_cast<const uint8_t*>(task.stack.embedding);
+    line = __ldcg(task.rows.tokens + row);
+    if (line >= task.stack.vocab) __trap();
+    if (line < 0) return nullptr;
+  }
+  return from + line * task.hidden * 2;
+}
+
 // The units of 8 outputs of a product that are this block's; gated, a unit is two groups of rows.
 struct Portion {
   int first, units, halves, half_rows, k;
@@ -195,6 +225,7 @@ __device__ __forceinline__ int2 divided(int outputs) {
 
 __device__ __forceinline__ int outputs_of(const Task& task, int dim, int product) {
   if (product == kQkv) return (task.heads + 2 * task.kv_heads) * dim;
+  if (product == kHead) return int(task.stack.vocab);
   return product == kGateUp ? task.inner : task.hidden;
 }
 

@@ -206,10 +206,10 @@ class DeviceSteps:
 
     def _run_decode(self, state: BatchState, size: int) -> None:
         batch_state.build_inputs(state, self._space.buffers, size, self._block_size, one_token=True)
-        ops.plan_attention(self._space.attention, self._space.buffers.seq_lens[:size], size)
+        if self._model.plans_attention(size, self._kv_cache):
+            ops.plan_attention(self._space.attention, self._space.buffers.seq_lens[:size], size)
         batch = self._batch(StepInputs(size, size, size, 1), self._space.one_each)
-        hidden = self._model.hidden(batch, self._kv_cache)
-        self._model.raw_logits(hidden, self._space.logits[:size])
+        self._model.decode(batch, self._kv_cache, self._space.logits[:size])
 
     def _record(self, size: int) -> None:
         tokens = self._sample(size)

@@ -115,27 +115,33 @@ class Decoder:
         """The last layer's normed output of `batch.logit_rows`; what `body` and `tail` do, or for
         few decodes one kernel.
         """
-        rows = len(batch.positions)
-        if self._uniform and rows == batch.num_decodes == len(batch.seq_lens):
-            stack = self._stack(kv_cache) if rows <= self._few_rows else None
-            if stack is not None and rows <= stack.rows:
-                return self._decode_at_once(stack, batch)
-        return self.tail(self.body(batch, kv_cache), batch.logit_rows)
-
-    def _decode_at_once(self, stack: ops.LayerStack, batch: Batch) -> torch.Tensor:
-        residual, rows = self._embed(batch), batch.logit_rows
-        ops.decode_layers(
-            stack,
-            residual,
-            batch.positions,
-            batch.slots[0],
-            batch.seq_lens,
-            batch.block_tables[0],
-        )
+        size, rows = len(batch.positions), batch.logit_rows
+        decodes = size == batch.num_decodes == len(batch.seq_lens)
+        stack = self._stack(size, kv_cache) if decodes else None
+        if stack is None:
+            return self.tail(self.body(batch, kv_cache), rows)
+        residual = self._embed(batch)
+        ops.decode_layers(stack, residual, *_where(batch))
         return self._norm("norm", residual if rows is None else residual[rows])
 
-    def _stack(self, kv_cache: torch.Tensor) -> ops.LayerStack | None:
-        """All layers for the kernel that runs them at once, if there is one."""
+    def decode(self, batch: Batch, kv_cache: torch.Tensor, out: torch.Tensor) -> None:
+        """What `hidden` and `raw_logits` do for a step of decodes that wants all logits; for few of
+        them one kernel.
+        """
+        stack = self._stack(len(batch.positions), kv_cache)
+        if stack is None or stack.vocab == 0:
+            self.raw_logits(self.hidden(batch, kv_cache), out)
+            return
+        ops.decode_logits(stack, batch.token_ids, *_where(batch), out)
+
+    def plans_attention(self, decodes: int, kv_cache: torch.Tensor) -> bool:
+        """Whether a step of so many decodes reads its batch's `attention_work`."""
+        return self._stack(decodes, kv_cache) is None
+
+    def _stack(self, rows: int, kv_cache: torch.Tensor) -> ops.LayerStack | None:
+        """All layers for the kernel that runs them at once, if there is one for so many rows."""
+        if not self._uniform or rows > self._few_rows:
+            return None
         if ops.implementation(kv_cache.device, kv_cache.dtype) != "cuda":
             return None
         key = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.dtype)
@@ -143,7 +149,8 @@ class Decoder:
             planes = kv_cache.view(-1, *kv_cache.shape[2:]).unbind()
             (table,) = self._rope_tables.values()
             self._stacks[key] = new_stack(self.spec, self.parameters, planes, table)
-        return self._stacks[key]
+        stack = self._stacks[key]
+        return stack if stack is not None and rows <= stack.rows else None
 
     def body(self, batch: Batch, kv_cache: torch.Tensor) -> Attended:
         """All that has to be done for every token of the batch: up to the last layer's attention.
@@ -361,6 +368,11 @@ class Decoder:
         if spec.logit_softcap:
             logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
         return logits
+
+
+def _where(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Positions, slots, lengths and block tables of a step of a model with one group of layers."""
+    return batch.positions, batch.slots[0], batch.seq_lens, batch.block_tables[0]
 
 
 def _is_plain(spec: DecoderSpec) -> bool:

@@ -29,8 +29,8 @@ def new_stack(
     planes: Sequence[torch.Tensor],
     cos_sin: torch.Tensor,
 ) -> ops.LayerStack | None:
-    """The layers of a uniform decoder, of each in turn keys and values in `planes`; None where
-    there is no such kernel.
+    """A uniform decoder's layers and what is around them; of each layer in turn keys and values are
+    in `planes`. None where there is no such kernel.
     """
     layers = []
     for i in range(spec.num_layers):
@@ -57,4 +57,13 @@ def new_stack(
         norm_offset=spec.norm_offset,
         scale=spec.attention_scale,
         cos_sin=cos_sin,
+        ends=_ends(spec, parameters),
     )
+
+
+def _ends(spec: DecoderSpec, parameters: Mapping[str, torch.Tensor]) -> ops.Ends | None:
+    """What is around the layers, where that is nothing but an embedding, a norm and a product."""
+    if spec.embedding_scale != 1.0:
+        return None
+    head = parameters["embedding" if spec.tied_embeddings else "lm_head"]
+    return ops.Ends(parameters["embedding"], parameters["norm"], head)
