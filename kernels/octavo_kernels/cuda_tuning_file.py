@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import logging
-import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +64,8 @@ def add(folder: Path, device: torch.device, found: Mapping[Size, bytes | None]) 
 
 
 def _file(folder: Path, device: torch.device) -> Path:
-    tried = "" if cuda_stream.stream_from == sys.maxsize else "-stream"
+    rows = cuda_stream.tried_rows
+    tried = f"-stream-{rows.start}-{rows.stop}" if rows else ""
     return folder / f"products-{_machine(device)}{tried}.json"
 
 

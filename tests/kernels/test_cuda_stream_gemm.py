@@ -96,9 +96,11 @@ def test_a_plan_for_more_blocks_than_the_device_runs_is_searched_again(monkeypat
 def test_what_was_tried_is_in_the_file_s_name(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cuda_tuning_file, "_machine", lambda device: "gpu")
     device = torch.device("cuda", 0)
-    before = cuda_tuning_file._file(tmp_path, device)
-    monkeypatch.setattr(cuda_stream, "stream_from", 17)
-    assert cuda_tuning_file._file(tmp_path, device) != before
+    named = set()
+    for rows in (range(0), range(17, 513), range(64, 513), range(64, 225)):
+        monkeypatch.setattr(cuda_stream, "tried_rows", rows)
+        named.add(cuda_tuning_file._file(tmp_path, device))
+    assert len(named) == 4
 
 
 @pytest.mark.parametrize(
@@ -112,9 +114,12 @@ def test_what_is_served(rows, n, k, served) -> None:
     assert cuda_stream.serves(rows, n, k) is served
 
 
-@pytest.mark.parametrize(("stream_from", "rows", "tried"), [(64, 64, 2), (65, 64, 0), (1, 16, 0)])
-def test_who_is_tried(stream_from, rows, tried, monkeypatch) -> None:
-    monkeypatch.setattr(cuda_stream, "stream_from", stream_from)
+@pytest.mark.parametrize(
+    ("allowed", "rows", "tried"),
+    [(range(64, 65), 64, 2), (range(65, 99), 64, 0), (range(17, 64), 64, 0), (range(1, 99), 16, 0)],
+)
+def test_who_is_tried(allowed, rows, tried, monkeypatch) -> None:
+    monkeypatch.setattr(cuda_stream, "tried_rows", allowed)
     monkeypatch.setattr(cuda_stream, "pairs_of", lambda device: PAIRS)
     monkeypatch.setattr(cuda_stream, "_workspace", lambda device: None)
     x, w = torch.zeros(rows, 128, dtype=torch.bfloat16), torch.zeros(256, 128, dtype=torch.bfloat16)
@@ -129,8 +134,9 @@ def test_nothing_is_tried_when_off_or_deterministic(monkeypatch) -> None:
     monkeypatch.setattr(cuda_stream, "_workspace", lambda device: None)
     x, w = torch.zeros(64, 128, dtype=torch.bfloat16), torch.zeros(256, 128, dtype=torch.bfloat16)
     out = torch.zeros(64, 256, dtype=torch.bfloat16)
+    monkeypatch.setattr(cuda_stream, "tried_rows", range(0))
     assert cuda_stream.candidates(x, w, out, count=2) == []
-    monkeypatch.setattr(cuda_stream, "stream_from", 17)
+    monkeypatch.setattr(cuda_stream, "tried_rows", range(17, 513))
     ops.deterministic(True)
     try:
         assert cuda_stream.candidates(x, w, out, count=2) == []
@@ -246,7 +252,7 @@ def test_cuts(n, k, shares, width, dtype) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize(("rows", "plan"), [(40, Plan(64, 7)), (300, Plan(192, 5))])
+@pytest.mark.parametrize(("rows", "plan"), [(40, Plan(64, 5)), (300, Plan(192, 5))])
 def test_nothing_beyond_the_ends_is_read_or_written(rows, plan) -> None:
     """NaN all around x and the weight and in the workspace; a fence behind the result."""
     n, k, dtype = 320, 192, torch.bfloat16
@@ -317,7 +323,7 @@ def test_x_that_the_kernel_before_writes_is_waited_for() -> None:
 
 @on_hopper
 def test_operations_take_what_the_search_chose(monkeypatch) -> None:
-    monkeypatch.setattr(cuda_stream, "stream_from", 17)
+    monkeypatch.setattr(cuda_stream, "tried_rows", range(17, 513))
     ran: list[int] = []
     kernel = cuda_stream.product
 
@@ -346,7 +352,7 @@ def test_operations_take_what_the_search_chose(monkeypatch) -> None:
 
 @on_hopper
 def test_the_search_tries_it(monkeypatch) -> None:
-    monkeypatch.setattr(cuda_stream, "stream_from", 17)
+    monkeypatch.setattr(cuda_stream, "tried_rows", range(17, 513))
     tried = []
     run = cuda_lt.run
 
