@@ -13,7 +13,6 @@ from typing import Any
 from octavo.kv_layout import KvGroups, kv_layout
 from octavo.model_shape import ModelShape
 from octavo.plan import (
-    DTYPE_BYTES,
     GIB,
     GRAPH_BYTES,
     GRAPH_TOKENS,
@@ -21,6 +20,8 @@ from octavo.plan import (
     KvShape,
     graph_pool_bytes,
     kv_bytes_per_block,
+    large_step,
+    token_bytes,
 )
 
 # What the driver reports as a device's total, in MiB.
@@ -130,17 +131,21 @@ def longest_length(shape: ModelShape, blocks: int, request: Request) -> int:
 
 def activation_bytes(shape: ModelShape, request: Request) -> int:
     """What a step's largest batch holds at once: its tokens' layers, its rows' logits."""
-    tokens = request.max_num_batched_tokens
+    tokens, each = request.max_num_batched_tokens, step_bytes(shape, request, 1)
     rows = min(request.max_num_seqs, tokens)
-    return step_bytes(shape, request, tokens) + rows * shape.vocab_size * LOGIT_BYTES
+    largest = large_step(tokens, each, request.total_bytes)
+    return largest * each + rows * shape.vocab_size * LOGIT_BYTES
 
 
 def step_bytes(shape: ModelShape, request: Request, tokens: int) -> int:
-    """What so many tokens hold at once: residual, one layer's widest part."""
-    query = shape.num_heads * shape.head_dim
-    attention = 2 * query + 2 * shape.num_kv_heads * shape.head_dim
-    widest = max(attention, 3 * shape.intermediate_size)
-    return tokens * (2 * shape.hidden_size + widest) * DTYPE_BYTES[request.dtype]
+    """What so many tokens hold at once."""
+    return tokens * token_bytes(
+        hidden_size=shape.hidden_size,
+        query_size=shape.num_heads * shape.head_dim,
+        kv_size=shape.num_kv_heads * shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        dtype=request.dtype,
+    )
 
 
 def remedies(

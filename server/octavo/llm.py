@@ -59,7 +59,7 @@ class LLM:
         self._text: TextSide | None = None
         if not options.get("skip_tokenizer_init", False):
             self._text = load_text_side(self._folder, options.get("chat_template"))
-        self._loop, self._ready = start(config, report)
+        self._loop, self._ready = start(config, report, offline=True)
         self._limits = Limits(self._ready.max_model_len, self._ready.vocab_size, most)
         self._ids = itertools.count()
         self._meter = KvMeter(self._loop.scheduler.kv, self._ready.kv_bytes_per_block)

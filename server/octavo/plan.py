@@ -111,6 +111,31 @@ GRAPH_BYTES = 512 * MIB
 GRAPH_TOKENS = 2048
 
 
+# A step that nobody's next token waits for may have so many times the tokens of others, and up to
+# so many: the products of llama-8b on an H100 give a prompt's tokens 3.5 % faster in steps of 8,192
+# than of 2,048, and nothing is known to be gained beyond.
+LARGE_STEPS = 4
+LARGE_STEP_TOKENS = 8192
+# What it takes beyond others is taken from the KV cache, which is worth more: of the device's
+# memory at most this share.
+LARGE_STEP_SHARE = 0.01
+
+
+def token_bytes(
+    *, hidden_size: int, query_size: int, kv_size: int, intermediate_size: int, dtype: str
+) -> int:
+    """What a token of a step holds at once: residual, one layer's widest part. From above."""
+    widest = max(2 * query_size + 2 * kv_size, 3 * intermediate_size)
+    return (2 * hidden_size + widest) * DTYPE_BYTES[dtype]
+
+
+def large_step(tokens: int, bytes_each: int, total_bytes: int) -> int:
+    """Tokens of the largest step where others have up to `tokens`, on a device of so many bytes."""
+    spare = int(LARGE_STEP_SHARE * total_bytes) // (tokens * bytes_each)
+    most = max(1, LARGE_STEP_TOKENS // tokens)
+    return tokens * min(LARGE_STEPS, most, 1 + spare)
+
+
 def graph_pool_bytes(step_bytes: int) -> int:
     """What captured steps share for what the largest of them needs in between, `step_bytes`: it
     does not lie as closely as it is counted.

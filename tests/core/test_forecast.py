@@ -134,6 +134,12 @@ def test_rates_come_from_measured_steps():
     assert rates.budget_used < 0.5
 
 
+def test_a_large_step_was_full_and_no_more():
+    rates = forecast.StepRates()
+    rates.observe(StepPlan((share(40, 0),)), token_budget=10, seconds=0.5)
+    assert rates.budget_used == 1
+
+
 def test_backlog_is_prompts_and_replays_over_the_measured_rate():
     halfway = sequence(prompt=30, computed=10)
     decoding = sequence(prompt=30, generated=5)

@@ -16,7 +16,7 @@ EOS = 3
 
 
 def scheduler(
-    *, blocks=64, block_size=4, context=64, seqs=8, budget=32, policy="fcfs", caching=False
+    *, blocks=64, block_size=4, context=64, seqs=8, budget=32, policy="fcfs", caching=False, **more
 ):
     limits = Limits(
         block_size=block_size,
@@ -26,6 +26,7 @@ def scheduler(
         vocab_size=97,
         eos_token_ids=frozenset({EOS}),
         enable_prefix_caching=caching,
+        **more,
     )
     return Scheduler(BlockPool(blocks), PolicyFactory.get_policy(policy), limits)
 
@@ -65,6 +66,61 @@ def test_a_long_prompt_runs_in_chunks_and_samples_once():
     ]
     assert [u.token_ids for u in updates] == [[7], [7]]
     assert [u.finish_reason for u in updates] == [None, "length"]
+
+
+def test_a_long_prompt_takes_large_steps_while_nobody_decodes():
+    engine = scheduler(budget=8, large_step=16)
+    engine.add("a", [5] * 40, params(3))
+    assert shares(step(engine)[0]) == [(0, 0, 16, False)]
+    engine.add("b", [5] * 30, params(9))
+    assert shares(step(engine)[0]) == [(0, 16, 16, False)]
+    # It ends within a usual step: what is left of that is the next one's, and no more.
+    assert shares(step(engine)[0]) == [(0, 32, 8, True)]
+    # From now on its next token would wait.
+    assert shares(step(engine)[0]) == [(0, 40, 1, True), (1, 0, 7, False)]
+    assert shares(step(engine)[0]) == [(0, 41, 1, True), (1, 7, 7, False)]
+    assert shares(step(engine)[0]) == [(1, 14, 16, True)]
+
+
+def test_short_prompts_share_large_steps_only_where_their_first_tokens_may_wait():
+    for offline, first in ((False, [8, 2]), (True, [8, 8, 4])):
+        engine = scheduler(budget=10, large_step=20, offline=offline)
+        for name in "abc":
+            engine.add(name, [5] * 8, params(1))
+        plan, _ = step(engine)
+        assert [len(s.token_ids) for s in plan.sequences] == first
+
+
+def test_a_last_token_in_flight_keeps_no_large_step_away():
+    engine = scheduler(budget=4, large_step=16)
+    engine.add("a", [5] * 4, params(1))
+    plan = engine.plan()
+    engine.add("b", [5] * 20, params(2))
+    behind = engine.plan()
+    assert shares(behind) == [(1, 0, 16, False)]
+    engine.commit(plan, [7])
+    engine.commit(behind, [])
+
+
+def test_a_large_step_lets_in_no_more_than_a_usual_one_has_tokens_for():
+    engine = scheduler(budget=2, large_step=8, offline=True)
+    for name in "abcd":
+        engine.add(name, [5, 5], params(3))
+    assert shares(step(engine)[0]) == [(0, 0, 2, True), (1, 0, 2, True)]
+    plans, _ = run_dry(engine)
+    assert all(plan.rows.count <= 2 for plan in plans)
+
+
+def test_a_given_budget_holds_for_large_steps_too():
+    engine = scheduler(budget=8, large_step=16)
+    engine.add("a", [5] * 40, params(3))
+    assert shares(step(engine, budget=5)[0]) == [(0, 0, 5, False)]
+
+
+def test_windows_have_no_large_steps():
+    engine = scheduler(budget=8, large_step=16, kv_windows=(8,))
+    engine.add("a", [5] * 40, params(3))
+    assert shares(step(engine)[0]) == [(0, 0, 8, False)]
 
 
 def test_running_sequences_go_before_a_new_prompt():

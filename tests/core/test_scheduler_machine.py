@@ -113,8 +113,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         depth=st.sampled_from([1, 2, 2]),
         hopeful=st.booleans(),
+        times=st.sampled_from([None, 1, 2, 4]),
+        offline=st.booleans(),
     )
-    def make(self, block_size, num_blocks, budget, seqs, policy, caching, depth, hopeful):
+    def make(
+        self, block_size, num_blocks, budget, seqs, policy, caching, depth, hopeful, times, offline
+    ):
         limits = Limits(
             block_size=block_size,
             max_model_len=CONTEXT,
@@ -123,6 +127,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             vocab_size=VOCAB,
             eos_token_ids=frozenset({EOS}),
             enable_prefix_caching=caching,
+            large_step=times and times * budget,
+            offline=offline,
         )
         self.policy = policy
         self.limits = limits
@@ -199,12 +205,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.hopeful:  # that none of them grows: many are let in, and many preempted
             self.scheduler.output_lengths.mean = 0
         before = {s.arrival for s in self.scheduler.running}
+        awaited = any(
+            s.num_generated and s.num_generated < s.max_new_tokens for s in self.scheduler.running
+        )
         plan = self.scheduler.plan()
         admitted = {s.arrival for s in self.scheduler.running} - before
         if self.policy == "fcfs" and admitted:
             queue = [group.arrival for group in self.scheduler._roster.waiting]
             assert max(admitted) < min(queue, default=math.inf), "one was overtaken"
-        assert plan.num_tokens <= self.limits.max_num_batched_tokens
+        self.check_size(plan, awaited)
         self.check_plan(plan)
         if plan.num_sequences:
             self.in_flight.append((plan, self.runner.submit(plan)))
@@ -215,6 +224,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         result = self.runner.collect(step)
         for update in self.scheduler.commit(plan, result.tokens, result.logprobs):
             self.take(update)
+
+    def check_size(self, plan, awaited):
+        limits, tokens = self.limits, plan.num_tokens
+        large = limits.large_step or 0
+        if awaited or tokens <= limits.max_num_batched_tokens:
+            assert tokens <= limits.max_num_batched_tokens, "a next token is kept waiting"
+            return
+        assert tokens <= large
+        assert limits.offline or len(plan.sequences) == 1, "a first token is kept waiting"
 
     def check_plan(self, plan):
         running = {s.seq_id: s for s in self.scheduler.running}

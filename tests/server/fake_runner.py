@@ -31,6 +31,7 @@ class FakeRunner:
     eos_token_ids = (3,)
     kv_bytes_per_block = 1024
     kv_windows = (None,)
+    large_step = None
     device = "cpu"
     dtype_name = "float32"
 

@@ -80,6 +80,10 @@ def check_output(output, question):
     assert choice.finished()
 
 
+def test_only_the_end_of_all_matters():
+    assert llm()._loop.scheduler.limits.offline
+
+
 def test_chat_answers_as_transformers_does():
     conversations = [[{"role": "user", "content": q}] for q in QUESTIONS]
     outputs = llm().chat(conversations, GREEDY, use_tqdm=False)

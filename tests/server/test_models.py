@@ -121,8 +121,13 @@ def test_the_last_layer_ends_with_the_rows_that_are_wanted(
     sequence = ScheduledSequence(0, prompt, 0, [6, 2, 5, 1, 3], True, SamplingParams(), 0)
     batch = build_batch(StepPlan((sequence,)), 4, CPU)
     multiplied = []
-    real = ops.act_and_mul
-    monkeypatch.setattr(ops, "act_and_mul", lambda x, f: multiplied.append(len(x)) or real(x, f))
+    real = ops.gated_linear
+
+    def noted(x, *more, **named):
+        multiplied.append(len(x))
+        return real(x, *more, **named)
+
+    monkeypatch.setattr(ops, "gated_linear", noted)
     for rows in ([19], [3, 19], [5, 0, 19]):
         wanted = dataclasses.replace(batch, logit_rows=torch.tensor(rows))
         torch.testing.assert_close(

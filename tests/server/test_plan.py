@@ -69,6 +69,30 @@ def test_a_device_pool_leaves_the_rest_of_the_device_alone() -> None:
     assert plan.device_pool_bytes(total, 5 * plan.GIB, 0.9) == 0
 
 
+@pytest.mark.parametrize(
+    ("tokens", "total_gib", "largest"),
+    [
+        (2048, 80, 8192),
+        (512, 80, 2048),
+        (4096, 80, 8192),
+        (8192, 80, 8192),
+        (16384, 80, 16384),
+        (2048, 48, 6144),
+        (2048, 24, 4096),
+        (2048, 16, 2048),
+    ],
+)
+def test_large_steps_are_bounded_by_what_they_take_from_the_cache(
+    tokens, total_gib, largest
+) -> None:
+    each = plan.token_bytes(
+        hidden_size=4096, query_size=4096, kv_size=1024, intermediate_size=14336, dtype="bfloat16"
+    )
+    assert each == 2 * (2 * 4096 + 3 * 14336)
+    assert plan.large_step(tokens, each, total_gib * plan.GIB) == largest
+    assert (largest - tokens) * each <= total_gib * plan.GIB / 100
+
+
 def test_the_plan_needs_only_the_standard_library() -> None:
     program = (
         "import sys; import octavo.plan, octavo.ledger; "

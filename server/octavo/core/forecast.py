@@ -58,10 +58,10 @@ class StepRates:
     prefill_seconds: float = 0.0
 
     def observe(self, plan: StepPlan, token_budget: int, seconds: float) -> None:
-        """Count one step that took `seconds`."""
+        """Count one step that took `seconds`. One of more than `token_budget` tokens was full."""
         tokens, prefill = plan.num_tokens, prefill_tokens(plan)
         self.step_seconds = _mix(self.step_seconds, seconds)
-        self.budget_used = _mix(self.budget_used, tokens / token_budget)
+        self.budget_used = _mix(self.budget_used, min(1.0, tokens / token_budget))
         if prefill:
             self.prefill_tokens = _mix(self.prefill_tokens, prefill)
             self.prefill_seconds = _mix(self.prefill_seconds, seconds)

@@ -22,6 +22,8 @@ class Limits:
     """What the model and the configuration allow. `max_model_len` is prompt and output together.
 
     `kv_windows` are the windows of the cache's groups of layers (`kv_layout.KvLayout.windows`).
+    A step that nobody's next token waits for may have up to `large_step` tokens, None: no more than
+    others. `offline` says that only the end of all requests matters, not when each one begins.
     """
 
     block_size: int
@@ -32,6 +34,8 @@ class Limits:
     eos_token_ids: frozenset[int]
     enable_prefix_caching: bool = True
     kv_windows: tuple[int | None, ...] = (None,)
+    large_step: int | None = None
+    offline: bool = False
 
     @property
     def kv(self) -> KvGroups:

@@ -142,9 +142,11 @@ class Roster:
 
     @property
     def decoding(self) -> bool:
-        """True while any sequence only decodes."""
+        """True while anybody who runs has drawn a token and waits for the next."""
         return bool(self.calendar) or any(
-            branch.decoding for group in self.unsettled.values() for branch in group.branches
+            branch.num_generated > 0 and branch.remaining > 0
+            for group in self.unsettled.values()
+            for branch in group.branches
         )
 
     @property

@@ -55,11 +55,12 @@ PLACES_A_BUNCH = 32
 class _Draft:
     """A step being planned, and the tokens that it may still take.
 
-    `grown` has the blocks that rows of the calendar get, by seq_id. The step runs `alone` when
-    nothing may be planned before it came back.
+    What is first in it may take `more` than these. `grown` has the blocks that rows of the calendar
+    get, by seq_id. The step runs `alone` when nothing may be planned before it came back.
     """
 
     budget: int
+    more: int = 0
     shares: list[ScheduledSequence] = field(default_factory=list)
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
     grown: dict[int, list[int]] = field(default_factory=dict)
@@ -155,9 +156,8 @@ class Scheduler:
             raise RuntimeError(f"commit first: {len(self._flights)} steps are in flight")
         self._latest.expire()
         roster = self._roster
-        most = self.limits.max_num_batched_tokens
-        draft = _Draft(most if budget is None else min(most, max(budget, self.num_running)))
         roster.calendar.release_ended()
+        draft = self._begin(budget)
         for group in tuple(roster.unsettled.values()):
             self._settle(group)
         self._grow_rows(draft)
@@ -175,6 +175,27 @@ class Scheduler:
             self._admit(draft)
         self._latest = self._finish_plan(draft)
         return self._latest
+
+    def _begin(self, budget: int | None) -> _Draft:
+        """An empty step, and what it may take.
+
+        Large steps take less time for a token, and more time in all. While somebody decodes, a step
+        is how long the next token takes, and so bounded. While nobody does, a prompt that would go
+        on in the next step takes more of it in this one. That delays nobody: who comes behind it or
+        while it runs would wait for those tokens just the same. Several prompts in a large step get
+        their first tokens together, when the last of them is through. A server does not do that to
+        them; where only the end of all counts (`offline`) it is faster.
+
+        A window's blocks were promised for usual chunks, so with windows there are no others.
+        """
+        limits, most = self.limits, self.limits.max_num_batched_tokens
+        if budget is not None:
+            return _Draft(min(most, max(budget, self.num_running)))
+        if limits.large_step is None or self.kv.sliding or self.decoding:
+            return _Draft(most)
+        if limits.offline:
+            return _Draft(limits.large_step)
+        return _Draft(most, limits.large_step - most)
 
     def _finish_plan(self, draft: _Draft) -> StepPlan:
         calendar = self._roster.calendar
@@ -260,8 +281,9 @@ class Scheduler:
             return
         while roster.waiting:
             group = roster.waiting.peek()
-            places = self.limits.max_num_seqs - self.num_running
-            if group.width > min(places, draft.budget):
+            # A large step must not let in more than a usual one has tokens for.
+            most = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+            if group.width > min(most - self.num_running, draft.budget):
                 return
             found = NOTHING if group.swapped else self._find(group)
             if self._admission_blocks(group, found) > self.pool.num_free:
@@ -304,7 +326,7 @@ class Scheduler:
                 continue  # a row, or its last token is in flight
             pending = branch.pending
             if single:
-                count = min(pending, draft.budget)
+                count = min(pending, draft.budget + (0 if draft.shares else draft.more))
             else:
                 if branch is not group.lead and not branch.block_table:
                     if branch.num_generated:
@@ -424,7 +446,7 @@ class Scheduler:
         start, tokens = sequence.computed, sequence.tokens
         end = start + count
         samples = end == sequence.length
-        draft.budget -= count
+        draft.budget = max(0, draft.budget - count)
         draft.chunks.append((sequence, end))
         draft.shares.append(
             ScheduledSequence(

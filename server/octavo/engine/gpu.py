@@ -61,6 +61,7 @@ class Gpu:
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
+        self.max_num_tokens = max_num_tokens
         self._dtype = model.parameters["embedding"].dtype
         self._eager = eager
         self._deterministic = deterministic

@@ -140,11 +140,29 @@ class Runner:
                     block_size=block_size,
                     max_model_len=self.max_model_len,
                     max_num_seqs=max_num_seqs,
-                    max_num_tokens=token_budget(max_num_batched_tokens, self.device.type),
+                    max_num_tokens=self._large_step(max_num_batched_tokens),
                     eager=enforce_eager,
                     deterministic=deterministic,
                 )
             progress("device", 1.0)
+
+    @property
+    def large_step(self) -> int | None:
+        """Tokens of the largest step; None on a CPU, where larger ones are no faster."""
+        return self._gpu.max_num_tokens if self._gpu else None
+
+    def _large_step(self, asked: int | None) -> int:
+        """Tokens of the largest step there is room for."""
+        spec = self.spec
+        each = memory_plan.token_bytes(
+            hidden_size=spec.hidden_size,
+            query_size=spec.query_size,
+            kv_size=spec.kv_size,
+            intermediate_size=spec.intermediate_size,
+            dtype=self.dtype_name,
+        )
+        _, total = torch.cuda.mem_get_info(self.device)
+        return memory_plan.large_step(token_budget(asked, self.device.type), each, total)
 
     @property
     def vocab_size(self) -> int:

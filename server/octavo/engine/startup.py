@@ -38,6 +38,8 @@ class ModelRunner(Protocol):
     """What the engine needs of a loaded model.
 
     `kv_bytes_per_block` counts the layers of a group, and `kv_windows` are the groups' windows.
+    `large_step` is how many tokens a step may have that nobody's next token waits for; None where
+    larger steps are no faster.
     """
 
     max_model_len: int
@@ -45,6 +47,7 @@ class ModelRunner(Protocol):
     eos_token_ids: tuple[int, ...]
     kv_bytes_per_block: int
     kv_windows: tuple[int | None, ...]
+    large_step: int | None
     device: object
     dtype_name: str
 
@@ -121,9 +124,12 @@ class Reporter:
 
 
 def start(
-    config: EngineConfig, report: Reporter, runner_spec: str = RUNNER
+    config: EngineConfig, report: Reporter, runner_spec: str = RUNNER, *, offline: bool = False
 ) -> tuple[EngineLoop, wire.Ready]:
-    """Load the model, make its cache, draw a token; return the loop and what the API must know."""
+    """Load the model, make its cache, draw a token; return the loop and what the API must know.
+
+    `offline` is as `Limits` has it.
+    """
     config = locate(config, report, report.located)
     if config.load_format != "dummy":
         read_ahead(Path(config.model), available_host_bytes() // 2)
@@ -148,7 +154,7 @@ def start(
         deterministic=config.deterministic,
     )
     report("cache", 0)
-    limits = _limits(config, runner)
+    limits = _limits(config, runner, offline=offline)
     num_blocks = size_pool(config, runner, limits)
     runner.allocate_kv(num_blocks + 1)
     report("warmup", 0)
@@ -223,7 +229,7 @@ def size_pool(config: EngineConfig, runner: ModelRunner, limits: Limits) -> int:
     return fit if config.enable_prefix_caching else min(fit, each * config.max_num_seqs)
 
 
-def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
+def _limits(config: EngineConfig, runner: ModelRunner, *, offline: bool) -> Limits:
     return Limits(
         block_size=config.block_size,
         max_model_len=runner.max_model_len,
@@ -235,6 +241,8 @@ def _limits(config: EngineConfig, runner: ModelRunner) -> Limits:
         eos_token_ids=frozenset(runner.eos_token_ids),
         enable_prefix_caching=config.enable_prefix_caching,
         kv_windows=runner.kv_windows,
+        large_step=runner.large_step,
+        offline=offline,
     )
 
 

@@ -304,9 +304,9 @@ class Decoder:
         return out
 
     def _dense_mlp(self, at: str, x: torch.Tensor) -> torch.Tensor:
-        function = self.spec.activation
+        function, p = self.spec.activation, self.parameters
         if self.spec.gated:
-            inner = ops.act_and_mul(self._linear(at + "gate_up", x), function)
+            inner = ops.gated_linear(x, p[at + "gate_up"], function, p.get(at + "gate_up.bias"))
         else:
             inner = ops.act(self._linear(at + "up", x), function)
         return self._linear(at + "down", inner)
