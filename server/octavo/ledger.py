@@ -91,7 +91,7 @@ def make_ledger(shape: ModelShape, weights_bytes: int, request: Request) -> Ledg
     per_block = kv_bytes_per_block(kv, request.block_size)
     usable = int(request.total_bytes * request.gpu_memory_utilization)
     activations = activation_bytes(shape, request)
-    captured = step_bytes(shape, request, min(request.max_num_batched_tokens, GRAPH_TOKENS))
+    captured = step_bytes(shape, request, min(largest_step(shape, request), GRAPH_TOKENS))
     graphs = GRAPH_BYTES + graph_pool_bytes(captured)
     left = usable - weights_bytes - activations - WORKSPACE_BYTES - graphs
     blocks = max(0, left // per_block - 1)  # one is the null block
@@ -131,10 +131,15 @@ def longest_length(shape: ModelShape, blocks: int, request: Request) -> int:
 
 def activation_bytes(shape: ModelShape, request: Request) -> int:
     """What a step's largest batch holds at once: its tokens' layers, its rows' logits."""
-    tokens, each = request.max_num_batched_tokens, step_bytes(shape, request, 1)
-    rows = min(request.max_num_seqs, tokens)
-    largest = large_step(tokens, each, request.total_bytes)
-    return largest * each + rows * shape.vocab_size * LOGIT_BYTES
+    rows = min(request.max_num_seqs, request.max_num_batched_tokens)
+    tokens = largest_step(shape, request)
+    return step_bytes(shape, request, tokens) + rows * shape.vocab_size * LOGIT_BYTES
+
+
+def largest_step(shape: ModelShape, request: Request) -> int:
+    """Tokens of a step that nobody's next token waits for."""
+    each = step_bytes(shape, request, 1)
+    return large_step(request.max_num_batched_tokens, each, request.total_bytes)
 
 
 def step_bytes(shape: ModelShape, request: Request, tokens: int) -> int:
