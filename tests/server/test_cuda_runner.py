@@ -366,7 +366,8 @@ def test_all_sizes_can_be_prepared(checkpoint) -> None:
     while runner.prepare_one():
         pass
     assert sorted(graphs(runner)._graphs) == [1, 2, 4, 8]
-    assert sorted(chunk_graphs(runner)._graphs) == [16, 32, 48, 64, 96, 128]
+    # Of up to four times the tokens of a step that somebody's next token waits for.
+    assert sorted(chunk_graphs(runner)._graphs) == [16, 32, 48, 64, *range(96, 513, 32)]
     expected = decode(gpu_runner(checkpoint, 8 * 8, max_num_seqs=8), 8, 12)
     assert decode(runner, 8, 12) == expected
 
