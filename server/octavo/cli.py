@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _serve(args: argparse.Namespace) -> int:
     config = serve_config(args)
-    from octavo.api.server import serve  # heavy: the web stack
+    from octavo.api.launch import serve
 
     return serve(config)
 

@@ -27,9 +27,9 @@ from octavo.api.direct import DirectProtocol, DirectWriter
 from octavo.api.engine_client import MAX_MESSAGES_AT_ONCE, Arrival, EngineClient, Mailbox
 from octavo.api.generation import Choice, Delta, Generation, Prompt
 from octavo.api.http_io import StreamResponse
+from octavo.api.launch import listen
 from octavo.api.request_id import RequestIdMiddleware
 from octavo.api.requests import StreamOptions
-from octavo.api.server import _listen
 from octavo.api.sse import ChatForm, CompletionForm
 from octavo.errors import ConfigError
 from octavo.logprobs import TokenLogprobs
@@ -493,7 +493,7 @@ def test_what_waited_for_a_slow_reader_is_put_together_in_linear_time() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_small_writes_do_not_wait_for_acknowledgements(host: str) -> None:
     try:
-        listener = _listen(host, 0)
+        listener = listen(host, 0)
     except ConfigError as error:  # a machine without IPv6
         pytest.skip(str(error))
     with listener, socket.create_connection(listener.getsockname()[:2]):

@@ -16,7 +16,7 @@ import torch
 from octavo.checkpoint import TensorEntry, read_checkpoint
 from octavo.core.block_pool import NO_BLOCK
 from octavo.core.step import ScheduledSequence, StepPlan
-from octavo.engine import weights
+from octavo.engine import tensors, weights
 from octavo.engine.batch import build_batch
 from octavo.errors import ModelError, OctavoError, UnsupportedModelError
 from octavo.kv_layout import KvGroups
@@ -48,9 +48,9 @@ def load_decoder(folder: Path) -> Decoder:
     config = read_config(folder)
     family = family_of(config)
     spec = family.translate(config)
-    entries = weights.with_prefix(read_checkpoint(folder), family.prefix)
+    entries = tensors.with_prefix(read_checkpoint(folder), family.prefix)
     targets = family.targets(spec)
-    weights.check_complete(entries, targets, family.ignored)
+    tensors.check_complete(entries, targets, family.ignored)
     parameters = empty_parameters(spec, dtype=torch.float32, device=CPU)
     weights.load(entries, targets, parameters, lambda done, total: None)
     return Decoder(spec, parameters, max_positions=spec.max_positions, device=CPU)
@@ -289,7 +289,7 @@ def read_all(values: dict, entries: dict[str, TensorEntry]) -> None:
         assert rope_table(rope, spec.rotary_dim, 8).shape == (8, spec.rotary_dim)
     if spec.num_layers <= 4 and (spec.moe is None or spec.moe.num_experts <= 64):
         targets = family.targets(spec)
-        weights.check_complete(entries, targets, family.ignored)
+        tensors.check_complete(entries, targets, family.ignored)
         Decoder(spec, dict.fromkeys(parameter_shapes(spec), ZERO), max_positions=8, device=CPU)
 
 

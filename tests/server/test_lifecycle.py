@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import httpx
 import pytest
-from api_server import MODEL, ApiServer, eventually, running
+from api_server import FAKE, MODEL, ApiServer, eventually, running
 
 from octavo.api.admission import Admission
 from octavo.api.engine_process import describe_exit
@@ -197,9 +200,8 @@ class Stream:
 
 
 def test_the_api_answers_before_the_engine_is_up(tmp_path: Path) -> None:
-    flags = ["--start-s", "0.7"]
-    began = time.monotonic()
-    with running(tmp_path, engine=flags, ready=False) as server:
+    go = tmp_path / "go"
+    with running(tmp_path, engine=["--start-when", str(go)], ready=False) as server:
         assert server.status("/livez") == 200
         eventually(lambda: "0.25" in server.http.get("/startupz").text, what="progress")
         starting = server.http.get("/startupz")
@@ -213,12 +215,93 @@ def test_the_api_answers_before_the_engine_is_up(tmp_path: Path) -> None:
         assert refused.json()["error"]["type"] == "ServiceUnavailableError"
         assert server.load()["state"] == "Starting"
         assert "vllm:num_requests_running" in server.http.get("/metrics").text
+        go.touch()
         server.until_ready()
-        assert time.monotonic() - began > 0.7
         assert server.status("/startupz") == server.status("/health") == 200
         server.terminate()
         assert server.exit_code() == 0
     assert not server.termination_log.exists()
+
+
+# What may be imported before the engine is on its way.
+LAUNCH = """
+import sys
+from octavo.api import launch
+heavy = {"asyncio", "fastapi", "uvicorn", "tokenizers", "jinja2", "zmq", "torch", "numpy"}
+print(sorted(heavy & set(sys.modules)))
+"""
+
+# The web stack cannot be imported, as where a package is missing.
+WITHOUT_THE_WEB_STACK = """
+import functools, sys
+from octavo import cli
+from octavo.api import launch
+sys.modules["octavo.api.server"] = None
+launch.serve = functools.partial(launch.serve, engine_command=sys.argv[2:])
+sys.exit(cli.main(["serve", sys.argv[1], "--host", "127.0.0.1", "--port", "0"]))
+"""
+
+
+def run_python(code: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | env,
+    )  # fmt: skip
+
+
+def test_nothing_heavy_is_imported_before_the_engine_s_process() -> None:
+    assert run_python(LAUNCH).stdout.strip() == "[]"
+
+
+def test_an_engine_is_started_first_and_does_not_outlive_an_import_that_fails(
+    tmp_path: Path,
+) -> None:
+    code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    engine = (sys.executable, "-c", code, str(tmp_path / "pid"))
+    words = (str(MODEL), *engine)
+    run = run_python(SLOWLY + WITHOUT_THE_WEB_STACK, *words, TMPDIR=str(tmp_path))
+    assert "octavo.api.server" in run.stderr
+    assert run.returncode == 1
+    pid = int((tmp_path / "pid").read_text())
+    assert not Path(f"/proc/{pid}").exists()
+    assert not list(tmp_path.glob("octavo-*")), "the sockets' folder"
+
+
+# ... which takes its time, so that the engine has begun by then.
+SLOWLY = """
+import octavo.api.engine_client as client, time
+make = client.EngineClient
+client.EngineClient = lambda folder: (time.sleep(1.5), make(folder))[1]
+"""
+
+
+def test_bad_input_costs_no_process(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = [str(FAKE), "--pid-file", str(tmp_path / "pid"), "--", str(MODEL)]
+        run = subprocess.run(
+            [sys.executable, *words, "--host", "127.0.0.1", "--port", port],
+            capture_output=True, text=True, timeout=60,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+    assert run.returncode == 78
+    refusal = f"octavo: cannot listen on 127.0.0.1:{port}: Address already in use"
+    assert [line[: len(refusal)] for line in run.stderr.splitlines()] == [refusal]
+    assert not (tmp_path / "pid").exists()
+
+
+def test_a_sigterm_before_the_server_is_up_is_not_lost(tmp_path: Path) -> None:
+    log = (tmp_path / "log").open("wb")
+    flags = ["--pid-file", str(tmp_path / "pid"), "--start-when", str(tmp_path / "never")]
+    words = [str(FAKE), *flags, "--", str(MODEL), "--host", "127.0.0.1", "--port", "0"]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    with log, subprocess.Popen([sys.executable, *words], stderr=log, env=os.environ | paths) as run:
+        eventually((tmp_path / "pid").exists, 20, "the engine's start")
+        run.terminate()
+        assert run.wait(30) == 0, (tmp_path / "log").read_text()
+    assert "draining: 0" in (tmp_path / "log").read_text()
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+    assert not list(tmp_path.glob("octavo-*"))
 
 
 def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:

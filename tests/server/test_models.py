@@ -12,7 +12,7 @@ import torch
 
 from octavo.checkpoint import read_checkpoint
 from octavo.core.step import ScheduledSequence, StepPlan
-from octavo.engine import weights
+from octavo.engine import tensors, weights
 from octavo.engine.batch import build_batch
 from octavo.errors import ModelError, OctavoError, UnsupportedModelError
 from octavo.models.decoder import Decoder, empty_parameters
@@ -62,7 +62,7 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     family = family_of(config)
     spec = family.translate(config)
     entries, targets = read_checkpoint(folder), family.targets(spec)
-    weights.check_complete(entries, targets, family.ignored)
+    tensors.check_complete(entries, targets, family.ignored)
     parameters = empty_parameters(spec, dtype=dtype, device=CPU)
     weights.load(entries, targets, parameters, lambda done, total: None)
     return Decoder(spec, parameters, max_positions=spec.max_positions, device=CPU)

@@ -383,6 +383,12 @@ def test_the_engine_dies_with_its_parent(start):
     assert not running(child)
 
 
+def test_a_parent_that_died_before_it_could_be_followed_is_noticed(tmp_path):
+    words = [*command(tmp_path, EngineConfig(model="m").to_json(), "FakeRunner"), "--parent", "1"]
+    run = subprocess.run(words, env=environment(), timeout=PATIENCE_S, check=False)
+    assert run.returncode == ExitCode.FAILED
+
+
 def running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from octavo.checkpoint import read_checkpoint, read_header
-from octavo.engine import weights
+from octavo.engine import tensors, weights
 from octavo.engine.model import check_model
 from octavo.errors import ModelError, UnsupportedModelError
 from octavo.model_shape import read_shape
@@ -30,7 +30,7 @@ def load(folder, dtype=torch.float32, progress=lambda done, total: None):
     family = family_of(config)
     spec = family.translate(config)
     entries, targets = read_checkpoint(folder), family.targets(spec)
-    weights.check_complete(entries, targets, family.ignored)
+    tensors.check_complete(entries, targets, family.ignored)
     parameters = empty_parameters(spec, dtype=dtype, device=CPU)
     for tensor in parameters.values():
         tensor.fill_(float("nan"))

@@ -69,7 +69,8 @@ class FakeEngine:
             sys.exit(70 if retryable == "retryable" else 78)
         if args.stall_start:
             time.sleep(3600)
-        time.sleep(args.start_s)
+        while args.start_when is not None and not args.start_when.exists():
+            time.sleep(0.01)
         self.send(
             wire.Ready(
                 max_model_len=args.context,
@@ -195,13 +196,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket-dir", required=True)
     parser.add_argument("--config-json", required=True)
+    parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--pid-file", type=Path)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--step-ms", type=float, default=1)
-    parser.add_argument("--start-s", type=float, default=0)
+    parser.add_argument("--start-when", type=Path, help="a file that is there")
     parser.add_argument("--fail-start", help="REASON:retryable or REASON:permanent")
     parser.add_argument("--stall-start", action="store_true")
     parser.add_argument("--die-after", type=int, help="SIGKILL after so many tokens")

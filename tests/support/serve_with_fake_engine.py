@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from octavo import cli
-from octavo.api import server
+from octavo.api import launch
 
 if __name__ == "__main__":
     at = sys.argv.index("--")
     engine = [sys.executable, str(Path(__file__).with_name("fake_engine.py")), *sys.argv[1:at]]
-    server.serve = functools.partial(server.serve, engine_command=engine)
+    launch.serve = functools.partial(launch.serve, engine_command=engine)
     sys.exit(cli.main(["serve", *sys.argv[at + 1 :]]))

@@ -18,6 +18,7 @@ void bind_persistent(py::module_& m);
 void bind_prefill(py::module_& m);
 void bind_sampling(py::module_& m);
 void bind_stream(py::module_& m);
+void bind_upload(py::module_& m);
 
 }  // namespace octavo::cuda
 
@@ -34,4 +35,5 @@ PYBIND11_MODULE(_cuda, m) {
   octavo::cuda::bind_prefill(m);
   octavo::cuda::bind_sampling(m);
   octavo::cuda::bind_stream(m);
+  octavo::cuda::bind_upload(m);
 }

@@ -1,59 +1,43 @@
-"""The engine as a child process: started, watched, and never left behind."""
+"""The engine as a child process: watched, and ended in time."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import signal
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-ENGINE_COMMAND = (sys.executable, "-m", "octavo.engine")
+import subprocess
+import threading
+from concurrent.futures import Future
 
 
 class EngineProcess:
-    """One run of the engine process.
+    """One run of the engine process, which `launch` started before there was an event loop."""
 
-    It gets a session of its own, so that a terminal's Ctrl-C reaches only the API process, which
-    then decides; it follows its parent's death by itself. Start it from the main thread: the
-    kernel reports the death of the thread that started it.
-    """
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        self._code: Future[int] = Future()
+        self._code.set_running_or_notify_cancel()  # who gives up waiting must not end it
+        threading.Thread(target=self._reap, name="engine-exit", daemon=True).start()
 
-    @classmethod
-    async def start(cls, command: Sequence[str], folder: Path, config_json: str) -> EngineProcess:
-        """Start `command` with the wire's folder and the engine's configuration."""
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            "--socket-dir",
-            str(folder),
-            "--config-json",
-            config_json,
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        return cls(process)
+    def _reap(self) -> None:
+        self._code.set_result(self._process.wait())
 
     @property
     def running(self) -> bool:
         """Whether the process has not ended."""
-        return self._process.returncode is None
+        return not self._code.done()
 
     async def wait(self) -> str:
         """Wait for the end and say how it came, in words."""
-        return describe_exit(await self._process.wait())
+        return describe_exit(await asyncio.wrap_future(self._code))
 
     async def end(self, patience: float) -> None:
         """Give the process `patience` seconds to end by itself, then kill it."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), patience)
+            await asyncio.wait_for(self.wait(), patience)
         if self.running:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+            self._process.kill()
+            await self.wait()
 
 
 def describe_exit(code: int) -> str:

@@ -36,6 +36,10 @@ class Lifecycle:
         self._alive_at = clock()
         self._in_flight = 0
 
+    def on_begun(self, at: float) -> None:
+        """The engine's process was started at `at`, before anybody could listen to it."""
+        self._phase_at = at
+
     def on_progress(self, progress: Progress) -> None:
         """Note a step of the start; only a change counts against a stall."""
         if (progress.phase, progress.ratio) != (self.progress.phase, self.progress.ratio):

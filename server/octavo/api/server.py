@@ -1,4 +1,4 @@
-"""`octavo serve`: the API process from its first socket to its exit code."""
+"""`octavo serve`: the API process from its first answer to its exit code."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import asyncio
 import contextlib
 import gc
 import logging
-import shutil
-import signal
 import socket
+import subprocess
 import sys
-import tempfile
-from collections.abc import Coroutine, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import uvicorn
 
 from octavo.api.direct import DirectProtocol
 from octavo.api.engine_client import EngineClient
-from octavo.api.engine_process import ENGINE_COMMAND, EngineProcess
+from octavo.api.engine_process import EngineProcess
+from octavo.api.launch import END_SIGNALS, hear_signals
 from octavo.api.lifecycle import State
 from octavo.api.limits import KEEP_ALIVE_S, MAX_HEADER_BYTES
 from octavo.api.routes import build_app
 from octavo.api.serving import Serving
 from octavo.config import ServeConfig, keep_tokenizer_single_threaded, model_source
-from octavo.errors import ConfigError, ExitCode, OctavoError
+from octavo.errors import ExitCode, OctavoError
 from octavo.text.loader import load_text_side
 from octavo.wire import Failed, Load, Located, Outputs, Progress, Ready
 
@@ -39,48 +37,25 @@ STALL_POLL_S = 0.25
 LAST_WORDS_S = 0.3
 ENGINE_STOP_S = 5.0
 LAST_RESPONSES_S = 5.0
-# A unix socket's path has at most 107 bytes.
-MAX_FOLDER_CHARS = 80
 # Each write of a stream gives the interpreter's lock away, and a thread that reads a long request
 # would keep it for the default of 5 ms: for each write of each stream.
 SWITCH_INTERVAL_S = 0.0005
 
 
-def serve(config: ServeConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
-    """Serve until told to stop or until the engine is lost; return the process's exit code."""
+def supervise(
+    config: ServeConfig,
+    listener: socket.socket,
+    client: EngineClient,
+    engine: subprocess.Popen[bytes],
+    began: float,
+) -> int:
+    """Serve beside an engine process that was started at `began` (monotonic seconds)."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     keep_tokenizer_single_threaded()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    listener = _listen(config.host, config.port)
-    with contextlib.closing(listener), _socket_folder() as folder:
-        return asyncio.run(_Supervisor(config, folder, engine_command, listener).run())
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    # Connections inherit it. asyncio sets it for sockets that name their protocol, and these do
-    # not: a small write would wait for the client to acknowledge the one before, up to 40 ms.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
-@contextlib.contextmanager
-def _socket_folder() -> Iterator[Path]:
-    """A private folder with a path short enough for unix sockets."""
-    folder = tempfile.mkdtemp(prefix="octavo-")
-    if len(folder) > MAX_FOLDER_CHARS:
-        shutil.rmtree(folder)
-        folder = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return asyncio.run(_Supervisor(config, listener, client, EngineProcess(engine), began).run())
 
 
 class _HttpServer(uvicorn.Server):
@@ -97,17 +72,18 @@ class _Supervisor:
     def __init__(
         self,
         config: ServeConfig,
-        folder: Path,
-        engine_command: Sequence[str],
         listener: socket.socket,
+        client: EngineClient,
+        process: EngineProcess,
+        began: float,
     ) -> None:
         self._config = config
-        self._folder = folder
-        self._engine_command = engine_command
         self._listener = listener
-        self._client = EngineClient(folder)
+        self._client = client
+        self._process = process
         self._serving = Serving(config, self._client)
         self._life = self._serving.lifecycle
+        self._life.on_begun(began)
         self._http = _HttpServer(
             uvicorn.Config(
                 build_app(self._serving),
@@ -124,7 +100,6 @@ class _Supervisor:
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             )
         )
-        self._process: EngineProcess | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._hurry = False
 
@@ -136,7 +111,11 @@ class _Supervisor:
         host, port = self._listener.getsockname()[:2]
         log.info("listening on http://%s:%d", host, port)
         self._spawn(self._read_engine())
-        self._spawn(self._start())
+        self._spawn(self._watch_process())
+        self._spawn(self._watch_start())
+        # A hub's model is fetched by the engine, which then says where it lies.
+        if model_source(self._config.engine) == "path":
+            self._spawn(self._load_text(self._config.engine.model))
         try:
             return await self._exit
         finally:
@@ -156,16 +135,6 @@ class _Supervisor:
 
     # The start
 
-    async def _start(self) -> None:
-        self._process = await EngineProcess.start(
-            self._engine_command, self._folder, self._config.engine.to_json()
-        )
-        self._spawn(self._watch_process(self._process))
-        self._spawn(self._watch_start())
-        # A hub's model is fetched by the engine, which then says where it lies.
-        if model_source(self._config.engine) == "path":
-            await self._load_text(self._config.engine.model)
-
     async def _load_text(self, folder: str) -> None:
         try:
             self._serving.text = await asyncio.to_thread(
@@ -173,8 +142,7 @@ class _Supervisor:
             )
         except OctavoError as error:
             self._fail(Failed(error.reason, str(error), error.retryable))
-            if self._process is not None:
-                await self._process.end(patience=0)
+            await self._process.end(patience=0)
         else:
             self._life.on_text_ready()
             self._settle_if_ready()
@@ -228,8 +196,8 @@ class _Supervisor:
                 case Failed():
                     self._fail(message)
 
-    async def _watch_process(self, process: EngineProcess) -> None:
-        how = await process.wait()
+    async def _watch_process(self) -> None:
+        how = await self._process.wait()
         await asyncio.sleep(LAST_WORDS_S)
         if self._life.failure is None and not self._exit.done():
             self._give_up(ExitCode.FAILED, how)
@@ -258,8 +226,9 @@ class _Supervisor:
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in END_SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
+        hear_signals()
 
     def _on_signal(self) -> None:
         if self._life.state is State.DRAINING or self._hurry:
@@ -292,17 +261,15 @@ class _Supervisor:
         while self._serving.admission.unfinished and clock() < deadline:
             await asyncio.sleep(POLL_S)
         self._client.stop()
-        if self._process is not None:
-            # Only an engine that served and drained in time deserves patience.
-            clean = self._exit.done() and self._exit.result() == ExitCode.OK
-            await self._process.end(ENGINE_STOP_S if clean and self._life.engine else 0)
+        # Only an engine that served and drained in time deserves patience.
+        clean = self._exit.done() and self._exit.result() == ExitCode.OK
+        await self._process.end(ENGINE_STOP_S if clean and self._life.engine else 0)
         self._http.should_exit = True
         await asyncio.gather(http, return_exceptions=True)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._serving.close()
-        self._client.close()
 
 
 def _write_termination_message(path: str, message: str) -> None:

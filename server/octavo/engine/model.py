@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from octavo.checkpoint import TensorEntry, read_checkpoint
-from octavo.engine import weights
+from octavo.engine import tensors
 from octavo.errors import UnsupportedModelError
-from octavo.models.decoder import Batch, Decoder, empty_parameters
 from octavo.models.family import Family
 from octavo.models.hf_config import HfConfig, read_config
 from octavo.models.parameters import parameter_shapes
 from octavo.models.registry import native_family, not_native
 from octavo.models.spec import DecoderSpec
+
+if TYPE_CHECKING:  # a model is checked before torch is there
+    import torch
+
+    from octavo.models.decoder import Batch, Parameters
 
 
 class Model(Protocol):
@@ -51,9 +54,9 @@ class CheckedModel:
     def num_parameters(self) -> int:
         """Elements of all weights."""
         if self.family is None:
-            return sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
+            return sum(math.prod(entry.shape) for entry in self.entries.values())
         shapes = parameter_shapes(self.spec).values()
-        return sum(torch.Size(shape).numel() for shape in shapes)
+        return sum(math.prod(shape) for shape in shapes)
 
     def load(
         self,
@@ -61,8 +64,12 @@ class CheckedModel:
         device: torch.device,
         max_positions: int,
         progress: Callable[[int, int], None],
+        parameters: Parameters | None = None,
     ) -> Model:
-        """The decoder with its weights. `progress` is called with bytes done and bytes in all."""
+        """The decoder with its weights. `progress` is called with bytes done and bytes in all.
+
+        `parameters` that are given are a native model's, with all weights in them.
+        """
         if self.family is None:
             progress(0, 1)
             model: Model = _back_end().TransformersDecoder(
@@ -74,12 +81,17 @@ class CheckedModel:
             )
             progress(1, 1)
             return model
-        parameters = empty_parameters(self.spec, dtype=dtype, device=device)
-        if self.random_seed is None:
-            weights.load(self.entries, self.family.targets(self.spec), parameters, progress)
-        else:
-            weights.randomize(parameters, self.random_seed, self.spec.norm_offset)
-            progress(1, 1)
+        # Late, since these bring torch.
+        from octavo.engine import weights
+        from octavo.models.decoder import Decoder, empty_parameters
+
+        if parameters is None:
+            parameters = empty_parameters(self.spec, dtype=dtype, device=device)
+            if self.random_seed is None:
+                weights.load(self.entries, self.family.targets(self.spec), parameters, progress)
+            else:
+                weights.randomize(parameters, self.random_seed, self.spec.norm_offset)
+        progress(1, 1)
         return Decoder(self.spec, parameters, max_positions=max_positions, device=device)
 
 
@@ -121,8 +133,8 @@ def check_model(
         return CheckedModel(folder, config, spec, family, {}, trust_remote_code, random_seed)
     entries = read_checkpoint(folder)
     if family is not None:
-        entries = weights.with_prefix(entries, family.prefix)
-        weights.check_complete(entries, family.targets(spec), family.ignored)
+        entries = tensors.with_prefix(entries, family.prefix)
+        tensors.check_complete(entries, family.targets(spec), family.ignored)
     return CheckedModel(folder, config, spec, family, entries, trust_remote_code)
 
 

@@ -141,7 +141,7 @@ class Server:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the engine; the exit code says whether starting again can help."""
     args = _parse(argv)
-    parent = _follow_parent()
+    parent = _follow_parent(args.parent)
     _set_up_process()
     link = Link(args.socket_dir)
     try:
@@ -186,26 +186,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m octavo.engine", description="Started by `octavo serve`.")
     parser.add_argument("--socket-dir", type=Path, required=True)
     parser.add_argument("--config-json", required=True)
+    parser.add_argument("--parent", type=int, help="process id (default: whose child this is)")
     # For tests: any `module:attribute` with the signature of octavo.engine.runner.Runner.
     parser.add_argument("--runner", default=RUNNER, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def _follow_parent() -> int:
+def _follow_parent(parent: int | None) -> int:
     """Ask the kernel to kill us when the parent dies; return the parent's process id.
 
     The kernel watches the thread that started us, so the API process starts the engine from a
-    thread that stays. `Server.run` looks at the parent too, for the moment before this call.
+    thread that stays. `parent` is who that was, for the moment before this call.
     """
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    return parent
+    if parent is not None and os.getppid() != parent:
+        sys.exit(ExitCode.FAILED)
+    return os.getppid()
 
 
 def _set_up_process() -> None:
     """Signals and logs. The API process drives the end; a signal to the group is not for us."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    # The API process started us with these held back.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     faulthandler.enable()
     logging.basicConfig(
         stream=sys.stderr,

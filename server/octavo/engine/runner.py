@@ -14,11 +14,12 @@ import torch
 from octavo import plan as memory_plan
 from octavo.config import cache_folder, token_budget
 from octavo.core.step import StepPlan, StepResult
+from octavo.engine.ahead import Ahead
 from octavo.engine.eager import EagerSteps
 from octavo.engine.faults import naming_faults
 from octavo.engine.gpu import Gpu
 from octavo.engine.memory import available_host_bytes
-from octavo.engine.model import check_model
+from octavo.engine.model import CheckedModel, Model, check_model
 from octavo.engine.swap import HostBlocks, host_bytes
 from octavo.errors import ConfigError, DeviceError, DoesNotFitError
 from octavo.models.decoder import Decoder
@@ -71,7 +72,8 @@ class Runner:
     GPU or float32 on a CPU. `progress(phase, ratio)` is called while starting. `num_threads`
     bounds the CPU threads of torch and of our kernels for the whole process. `max_num_seqs` and
     `max_num_batched_tokens` bound a step on a GPU, `enforce_eager` runs it without CUDA graphs.
-    With `deterministic`, tokens on a GPU too are independent of the rest of the batch.
+    With `deterministic`, tokens on a GPU too are independent of the rest of the batch. `ahead` is
+    the same model, checked, with its weights on their way to the GPU.
     """
 
     def __init__(  # noqa: PLR0913 (each is a setting of its own)
@@ -92,16 +94,21 @@ class Runner:
         max_num_batched_tokens: int | None = None,
         enforce_eager: bool = False,
         deterministic: bool = False,
+        ahead: Ahead | None = None,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = Path(model_path)
         progress("check", 0.0)
-        model = check_model(
-            folder,
-            trust_remote_code=trust_remote_code,
-            hf_overrides=hf_overrides,
-            random_seed=seed if load_format == "dummy" else None,
+        model = (
+            ahead.model
+            if ahead is not None
+            else check_model(
+                folder,
+                trust_remote_code=trust_remote_code,
+                hf_overrides=hf_overrides,
+                random_seed=seed if load_format == "dummy" else None,
+            )
         )
         self.spec: DecoderSpec = model.spec
         self.eos_token_ids = read_eos_token_ids(folder, model.config, self.spec.vocab_size)
@@ -113,15 +120,9 @@ class Runner:
         self._seed = seed
         progress("check", 1.0)
 
-        with self._naming_faults("the weights"):
-            self._require_memory(model.num_parameters * memory_plan.DTYPE_BYTES[self.dtype_name])
-            self._decoder = model.load(
-                _DTYPES[self.dtype_name],
-                self.device,
-                self.max_model_len,
-                lambda done, all_: progress("weights", done / max(1, all_)),
-            )
         self._progress = progress
+        with self._naming_faults("the weights"):
+            self._decoder = self._load(model, ahead)
         self._planned_bytes: int | None = None  # for the weights, where headers tell it
         if isinstance(self._decoder, Decoder) and load_format != "dummy":
             tied = self.spec.tied_embeddings
@@ -163,6 +164,19 @@ class Runner:
         )
         _, total = torch.cuda.mem_get_info(self.device)
         return memory_plan.large_step(token_budget(asked, self.device.type), each, total)
+
+    def _load(self, model: CheckedModel, ahead: Ahead | None) -> Model:
+        """The model with its weights: those that were on their way, else they are read now."""
+
+        def progress(done: int, total: int) -> None:
+            self._progress("weights", done / max(1, total))
+
+        progress(0, 1)
+        brought = ahead and ahead.finish(self.device, self.dtype_name, progress)
+        if not brought:
+            self._require_memory(model.num_parameters * memory_plan.DTYPE_BYTES[self.dtype_name])
+        dtype = _DTYPES[self.dtype_name]
+        return model.load(dtype, self.device, self.max_model_len, progress, brought or None)
 
     @property
     def vocab_size(self) -> int:

@@ -20,6 +20,7 @@ from octavo.core.request import Limits
 from octavo.core.scheduler import Scheduler
 from octavo.core.step import StepPlan, StepResult
 from octavo.core.swap import SwapSpace
+from octavo.engine.ahead import begin
 from octavo.engine.locate import locate
 from octavo.engine.loop import EngineLoop, RunnerError
 from octavo.engine.memory import available_host_bytes
@@ -134,6 +135,7 @@ def start(
     if config.load_format != "dummy":
         read_ahead(Path(config.model), available_host_bytes() // 2)
     report("import", 0)
+    ahead = begin(config) if runner_spec == RUNNER else None
     make_runner = _load_attribute(runner_spec)
     report("check", 0)
     runner: ModelRunner = make_runner(
@@ -152,6 +154,7 @@ def start(
         max_num_batched_tokens=config.max_num_batched_tokens,
         enforce_eager=config.enforce_eager,
         deterministic=config.deterministic,
+        ahead=ahead,
     )
     report("cache", 0)
     limits = _limits(config, runner, offline=offline)

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from octavo.checkpoint import TensorEntry
-from octavo.errors import ModelError, UnsupportedModelError
+from octavo.errors import ModelError
 from octavo.models.decoder import Parameters
 from octavo.models.family import Target
 
@@ -35,43 +35,6 @@ _DTYPES = {
 }
 
 
-def with_prefix(entries: dict[str, TensorEntry], prefix: str) -> dict[str, TensorEntry]:
-    """The tensors by full name, where a family's older checkpoints leave its prefix out."""
-    if any(name.startswith(prefix) for name in entries):
-        return entries
-    return {prefix + name: entry for name, entry in entries.items()}
-
-
-def check_complete(
-    entries: dict[str, TensorEntry], targets: dict[str, Target], ignored: tuple[str, ...]
-) -> None:
-    """Raise unless each wanted tensor is there in its shape and nothing else is."""
-    folder = next(iter(entries.values())).file.parent if entries else None
-    missing = [name for name in targets if name not in entries]
-    if missing:
-        raise ModelError(
-            f"the checkpoint in {folder} lacks {_names(missing)} config.json calls for"
-        )
-    surplus = [n for n in entries if n not in targets and not n.endswith(ignored)]
-    if surplus:
-        raise ModelError(
-            f"the checkpoint in {folder} holds {_names(surplus)} config.json has no place for; "
-            "do config.json and the weights belong together?"
-        )
-    for name, target in targets.items():
-        entry = entries[name]
-        if entry.shape != target.shape:
-            raise ModelError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, but config.json "
-                f"calls for {list(target.shape)}"
-            )
-        if entry.dtype not in _DTYPES:
-            raise UnsupportedModelError(
-                f"{entry.file}: tensor {name} has dtype {entry.dtype}, which is not supported; "
-                f"supported: {', '.join(_DTYPES)}"
-            )
-
-
 @dataclass(slots=True, frozen=True)
 class _Piece:
     """`count` elements of a tensor from element `first`: what one read brings."""
@@ -89,7 +52,8 @@ def load(
 ) -> None:
     """Read every target's bytes into its rows, casting as needed, with several readers.
 
-    `progress` is called with bytes done and bytes in all. `check_complete` has passed before.
+    `progress` is called with bytes done and bytes in all. `tensors.check_complete` has
+    passed before.
     """
     total = sum(entries[name].num_bytes for name in targets)
     done = 0
@@ -263,9 +227,3 @@ def randomize(parameters: Parameters, seed: int, norm_offset: float) -> None:
             continue
         generator = torch.Generator(tensor.device).manual_seed(seed + index)
         tensor.normal_(0.0, 0.02, generator=generator)
-
-
-def _names(names: list[str]) -> str:
-    listed = ", ".join(sorted(names)[:10])
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({listed}{more}) that"
