@@ -98,6 +98,28 @@ struct Outputs {
   float2 first, second;
 };
 
+// The slice from `column` on of the staged rows. By an address that is known to be shared memory's:
+// what may be either kind of memory is found out at each use.
+__device__ __forceinline__ skinny::XSlice load_x(uint32_t from, int pitch, int rows, int k,
+                                                 int column) {
+  const int row = threadIdx.x % 32 / 4;
+  column += threadIdx.x % 4 * 8;
+  from += row * pitch + column * 2;
+  skinny::XSlice x;
+#pragma unroll
+  for (int step = 0; step < skinny::kSteps; ++step) {
+    uint4 part{};
+    if (column + step * 32 < k && row < rows) {
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(part.x), "=r"(part.y), "=r"(part.z), "=r"(part.w)
+                   : "r"(from + step * 64)
+                   : "memory");
+    }
+    x.set(step, part, skinny::unknown_zeros());
+  }
+  return x;
+}
+
 // Multiplies the staged rows by the next `count` groups in the ring; each warp leaves its sums in
 // `partials`. A stage's operands are on their way while the one before is multiplied.
 template <typename T>
@@ -107,6 +129,7 @@ __device__ __forceinline__ void multiply_pass(const Task& task, const Shared& sh
   const skinny::Partials partials = shared.partials();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rows = task.num_rows;
   const int pitch = x_pitch(k);
+  const uint32_t staged = shared_address(shared.scratch());
   uint4 next[skinny::kSteps];
   ring.wait_filled(at);
   skinny::load_w(ring.stage(at), k, 0, next);
@@ -116,8 +139,7 @@ __device__ __forceinline__ void multiply_pass(const Task& task, const Shared& sh
     uint4 w[skinny::kSteps];
 #pragma unroll
     for (int i = 0; i < skinny::kSteps; ++i) w[i] = next[i];
-    const auto x = skinny::load_x<false>(shared.scratch(), pitch, rows, k,
-                                         column + warp * skinny::kSteps * 32);
+    const auto x = load_x(staged, pitch, rows, k, column + warp * skinny::kSteps * 32);
     const RingPosition now = at;
     at.advance(ring.stages);
     column += skinny::kColumns;

@@ -91,16 +91,21 @@ __device__ __forceinline__ void take_pairs(const Word* words, uint32_t tag, int 
 #pragma unroll 1
   for (int at = first; at < end; at += kBatch * step) {
     WordPair pairs[kBatch];
+    bool missing[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) missing[i] = at + i * step < end;
     Patience patience;
     for (bool ready = false; !ready;) {
+      // Only what is not there yet: all blocks ask at once, and each answer takes its time.
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (at + i * step < end) pairs[i] = peek_pair(words + 2 * (at + i * step));
+        if (missing[i]) pairs[i] = peek_pair(words + 2 * (at + i * step));
       }
       ready = true;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (at + i * step < end) ready &= pairs[i].are_of(tag);
+        missing[i] = missing[i] && !pairs[i].are_of(tag);
+        ready &= !missing[i];
       }
       if (!ready) patience.spend();
     }

@@ -162,7 +162,27 @@ __device__ void stage_x(const Task& task, uint8_t* staged, float* sums) {
 // take the same: lane t of four takes its eight as columns 2t.. of one product and of the next.
 struct XSlice {
   uint32_t of[kSteps][2][4];
+
+  // A step's columns of the lane's row and of the one 8 below.
+  __device__ __forceinline__ void set(int step, const uint4& low, const uint4& high) {
+    const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+    const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      of[step][0][i] = first[i];
+      of[step][1][i] = second[i];
+    }
+  }
 };
+
+// Zeros of which the compiler does not know: it would put the products that share one in a row, each
+// waiting for the one before.
+__device__ __forceinline__ uint4 unknown_zeros() {
+  uint4 zeros;
+  asm volatile("mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+               : "=r"(zeros.x), "=r"(zeros.y), "=r"(zeros.z), "=r"(zeros.w));
+  return zeros;
+}
 
 // From either memory. Of global memory not through the L1 cache: other kernels write x while this
 // one is already there.
@@ -191,18 +211,9 @@ __device__ __forceinline__ XSlice load_x(const uint8_t* from, int64_t pitch, int
     if constexpr (kWide) {
       if (inside && row + 8 < rows) high = load_past_l1(from + 8 * pitch + step * 64);
     } else {
-      // Zeros of which the compiler does not know: it would put the products that share one in a
-      // row, each waiting for the one before.
-      asm volatile("mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
-                   : "=r"(high.x), "=r"(high.y), "=r"(high.z), "=r"(high.w));
+      high = unknown_zeros();
     }
-    const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-    const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x.of[step][0][i] = first[i];
-      x.of[step][1][i] = second[i];
-    }
+    x.set(step, low, high);
   }
   return x;
 }
