@@ -111,10 +111,10 @@ __device__ __forceinline__ void copy_units(uint32_t to, const char* keys, const 
 
 // The copy engine takes about 27 ns for a head of a token, as long as for a row of a matrix: it
 // suits short chunks. Copies of 16 bytes are quicker in great numbers, but while they are on their
-// way all that follows is later: they take the road of the words that consumers ask for. Measured on
-// an H100, us by tokens of a chunk with the engine and without, 28 layers of 0.6B: 1 540 and 540,
-// 64 551 and 624, 96 633 and 666, 160 742 and 755, 320 1037 and 810; 32 of 8B: 64 4954 and 4984,
-// 96 5165 and 5099.
+// way all that follows is later: they take the road of the words that consumers ask for. H100, us
+// with the engine and without by tokens of a chunk, 28 layers of 0.6B: 1 540 and 540, 64 551 and
+// 624, 96 633 and 666, 160 742 and 755, 320 1037 and 810; 32 of 8B: 64 4954 and 4984, 96 5165 and
+// 5099.
 template <int kDim>
 __device__ __forceinline__ void bring_tokens(const Task& task, const Ring& ring, Front& front,
                                              const DecoderLayer& layer, const Item& item,
