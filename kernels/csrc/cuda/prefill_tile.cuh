@@ -116,6 +116,21 @@ struct Pages {
   }
 };
 
+// The same in two steps, so that a block's number can be on its way while the step before is copied.
+template <typename Shape>
+__device__ __forceinline__ int first_block(const Pages& pages, int step, uint32_t group,
+                                           const Keys& keys) {
+  const int position = step * Shape::kKeys + group * 8;
+  const bool wanted = group < Shape::kGroups && position < keys.end && position + 8 > keys.seen;
+  return wanted ? pages.table[position >> pages.shift] : 0;
+}
+
+template <typename Shape>
+__device__ __forceinline__ int slot_in(const Pages& pages, int block, int step, uint32_t group) {
+  const int position = step * Shape::kKeys + group * 8;
+  return (block << pages.shift) + (position & ((1 << pages.shift) - 1));
+}
+
 // Copies a step's keys (or values), zeros for those out of keys.seen..keys.end. slot_of(group) is
 // what first_slot() found; `row` is how many units of 16 bytes lie from slot to slot.
 template <typename Shape, typename SlotOf>

@@ -22,9 +22,13 @@ namespace octavo::cuda::prefill {
 constexpr int kComputing = 256;  // threads that compute; then come those that copy
 constexpr int kCopyRegisters = 40, kComputeRegisters = 232;
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kVariant>
 struct WarpgroupShape {
   using Type = T;
+  static constexpr bool kUnder = kVariant & 1;   // the softmax stays under the products
+  static constexpr bool kApart = kVariant & 2;   // keys and values by warps of their own
+  static constexpr bool kTurns = kVariant & 4;   // groups take turns
+  static constexpr int kFillers = kApart ? kThreads / 2 : kThreads;  // of a buffer
   static constexpr int kDim = kHeadDim;
   static constexpr int kRows = 128, kKeys = 128;
   static constexpr int kUnits = kDim / 8, kTeam = kUnits, kTeams = kThreads / kTeam;
@@ -49,6 +53,7 @@ struct Job {
 };
 
 // Barriers, 8 bytes each: of the job and its queries, then of the buffers of keys and values.
+template <typename Shape>
 struct Barriers {
   uint32_t first;
   static constexpr int kCount = 10;
@@ -62,7 +67,7 @@ struct Barriers {
     barrier_init(ready(), kThreads);
     barrier_init(queries_free(), kComputing / 32);
     for (int buffer = 0; buffer < 4; ++buffer) {
-      barrier_init(full(buffer), kThreads);
+      barrier_init(full(buffer), Shape::kFillers);
       barrier_init(free(buffer), kComputing / 32);
     }
   }
@@ -74,7 +79,7 @@ struct Shared {
   unsigned char* base;
   static constexpr int kJobs = 5 * Shape::kBufferBytes;
   static constexpr int kBarriers = kJobs + 2 * int(sizeof(Job<Shape>));
-  static constexpr int kBytes = kBarriers + Barriers::kCount * 8;
+  static constexpr int kBytes = kBarriers + Barriers<Shape>::kCount * 8;
 
   __device__ uint32_t queries() const { return shared_address(base); }
   // Buffers 0 and 1 are of keys, 2 and 3 of values.
@@ -82,7 +87,7 @@ struct Shared {
   __device__ Job<Shape>& job(int round) const {
     return reinterpret_cast<Job<Shape>*>(base + kJobs)[round % 2];
   }
-  __device__ Barriers barriers() const { return {queries() + kBarriers}; }
+  __device__ Barriers<Shape> barriers() const { return {queries() + kBarriers}; }
 };
 
 // Which items a block takes: items are sorted by length, so turns go there and back.
@@ -136,15 +141,44 @@ class Copies {
   uint32_t older_ = 0, newer_ = 0;
 };
 
+// copy_step() by half of the threads that copy.
+template <typename Shape, typename SlotOf>
+__device__ __forceinline__ void copy_step_by_half(uint32_t to, const typename Shape::Type* cache,
+                                                  const SlotOf& slot_of, int step, uint32_t row,
+                                                  const Keys& keys) {
+  const uint32_t member = copier() % 64 / 8, unit = copier() % 8;  // eight threads a row of a panel
+  const int first = step * Shape::kKeys;
+  to += Shape::place(member, unit);
+  const auto copy = [&](int group, bool whole) {
+    const int key = first + group * 8 + int(member);
+    const bool wanted = whole || (key >= keys.seen && key < keys.end);
+    const uint32_t slot = slot_of(group);
+    const uint32_t from = wanted ? slot * row + (member * row + unit) : 0;
+#pragma unroll
+    for (int panel = 0; panel < Shape::kDim / 64; ++panel) {
+      copy_async_16(to + panel * Shape::kPanelBytes + group * 8 * Shape::kRowBytes,
+                    reinterpret_cast<const uint4*>(cache) + from + panel * 8, wanted);
+    }
+  };
+  if (first >= keys.seen && first + Shape::kKeys <= keys.end) {
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) copy(group, true);
+  } else {
+#pragma unroll 1
+    for (int group = 0; group < Shape::kGroups; ++group) copy(group, false);
+  }
+}
+
 // The life of a copying thread.
 template <typename Shape>
 __device__ __forceinline__ void copy_items(const PrefillAttention& args, const PrefillBatch& batch,
                                            const PrefillPlan& plan, const Shared<Shape>& shared) {
   using T = typename Shape::Type;
-  const Barriers barriers = shared.barriers();
+  const Barriers<Shape> barriers = shared.barriers();
   const Turns turns(plan, batch.kv_heads);
   const uint32_t row = batch.kv_heads * Shape::kUnits, lane = threadIdx.x % 32;
   const int shift = __ffs(int(args.block_size)) - 1;
+  const int own = copier() / 64;  // 0: keys, 1: values, where they are copied apart
   Copies copies;
   RingPosition ring;
   for (int round = 0; turns.in(round); ++round) {
@@ -156,9 +190,15 @@ __device__ __forceinline__ void copy_items(const PrefillAttention& args, const P
     const int first_step = keys.first / Shape::kKeys;
     const int end_step = max(first_step, (keys.end + Shape::kKeys - 1) / Shape::kKeys);
     const Pages pages{args.block_tables + item.sequence * args.max_blocks, shift};
-    const T* caches[2] = {static_cast<const T*>(args.key_cache) + kv_head * Shape::kDim,
-                          static_cast<const T*>(args.value_cache) + kv_head * Shape::kDim};
-    int slot = pages.first_slot<Shape>(first_step, lane, keys);
+    const T* const key_cache = static_cast<const T*>(args.key_cache) + kv_head * Shape::kDim;
+    const T* const value_cache = static_cast<const T*>(args.value_cache) + kv_head * Shape::kDim;
+    const T* const own_cache = own == 0 ? key_cache : value_cache;
+    int slot = 0, block = 0;
+    if constexpr (Shape::kApart) {
+      block = first_block<Shape>(pages, first_step, lane, keys);
+    } else {
+      slot = pages.first_slot<Shape>(first_step, lane, keys);
+    }
 
     // The queries' buffer, and the job of two rounds ago.
     copies.wait_free(barriers.queries_free(), round % 2 ^ 1);
@@ -176,17 +216,31 @@ __device__ __forceinline__ void copy_items(const PrefillAttention& args, const P
     copy_queries<Shape>(shared.queries(), job.table, args.query, tile.rows);
     copies.tell(barriers.ready());
     for (int step = first_step; step < end_step; ++step) {
-      const int next_slot = pages.first_slot<Shape>(step + 1, lane, keys);
+      int next_slot = 0;
+      if constexpr (Shape::kApart) {
+        slot = slot_in<Shape>(pages, block, step, lane);
+        block = first_block<Shape>(pages, step + 1, lane, keys);
+      } else {
+        next_slot = pages.first_slot<Shape>(step + 1, lane, keys);
+      }
       const auto slot_of = [&](uint32_t group) { return __shfl_sync(~0u, slot, group); };
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // keys, values
-        const int buffer = 2 * half + ring.stage;
+      if constexpr (Shape::kApart) {
+        const int buffer = 2 * own + ring.stage;
         copies.wait_free(barriers.free(buffer), ring.parity ^ 1);
-        copy_step<Shape>(shared.buffer(buffer), caches[half], slot_of, step, row, keys);
+        copy_step_by_half<Shape>(shared.buffer(buffer), own_cache, slot_of, step, row, keys);
         copies.tell(barriers.full(buffer));
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // keys, values
+          const int buffer = 2 * half + ring.stage;
+          copies.wait_free(barriers.free(buffer), ring.parity ^ 1);
+          copy_step<Shape>(shared.buffer(buffer), half == 0 ? key_cache : value_cache, slot_of,
+                           step, row, keys);
+          copies.tell(barriers.full(buffer));
+        }
       }
       ring.advance(2);
-      slot = next_slot;
+      if constexpr (!Shape::kApart) slot = next_slot;
     }
   }
   copies.tell_all();
@@ -198,8 +252,9 @@ __device__ __forceinline__ void arrive_once_a_warp(uint32_t barrier) {
 }
 
 // A computing warp's hold on the buffers that it reads, in the order in which they are filled.
+template <typename Shape>
 struct Reader {
-  Barriers barriers;
+  Barriers<Shape> barriers;
   int first_buffer;  // 0: of keys, 2: of values
   RingPosition at;
 
@@ -264,18 +319,35 @@ __device__ __forceinline__ void store_out(const Accumulator<Shape>& rows, const 
 template <typename Shape>
 struct Group {
   const Shared<Shape>& shared;
-  Reader keys, values;
+  Reader<Shape> keys, values;
   int number;  // of the group: it has rows number * 64 ..
 
   __device__ explicit Group(const Shared<Shape>& shared)
       : shared(shared),
         keys{shared.barriers(), 0, {}},
         values{shared.barriers(), 2, {}},
-        number(threadIdx.x / 128) {}
+        number(threadIdx.x / 128) {
+    if (Shape::kTurns && number == 1) give_turn();
+  }
+
+  // The groups issue products in turn, a step's at a time: while one's are computed, the other has
+  // its softmax (FlashAttention-3 calls it ping-pong).
+  __device__ void take_turn() const {
+    if constexpr (Shape::kTurns) {
+      asm volatile("bar.sync %0, %1;" ::"r"(2 + number), "n"(kComputing) : "memory");
+    }
+  }
+  __device__ void give_turn() const {
+    if constexpr (Shape::kTurns) {
+      asm volatile("bar.arrive %0, %1;" ::"r"(3 - number), "n"(kComputing) : "memory");
+    }
+  }
 
   // Lets steps go by, keys and values in turn: there is room for two of each alone.
   __device__ void pass(int steps) {
     for (int i = 0; i < steps; ++i) {
+      take_turn();
+      give_turn();
       keys.wait();
       keys.release();
       values.wait();
@@ -314,7 +386,9 @@ __device__ __forceinline__ void attend(Accumulator<Shape>& rows, Group<Shape>& g
     Weights<Shape> weights;
     float shrink[1][2];
     group.keys.wait();
+    group.take_turn();
     issue_scores<Shape>(scores, queries, group.shared.buffer(group.keys.buffer()));
+    group.give_turn();
     products_wait<0>();
     settle(scores[0]);
     group.keys.release();
@@ -323,13 +397,19 @@ __device__ __forceinline__ void attend(Accumulator<Shape>& rows, Group<Shape>& g
     for (int step = begin + 1; step < end; ++step) {
       group.keys.wait();
       group.values.wait();  // of the step before
+      group.take_turn();
       issue_scores<Shape>(scores, queries, group.shared.buffer(group.keys.buffer()));
       issue_values<Shape>(rows, weights, group.shared.buffer(group.values.buffer()));
+      group.give_turn();
       products_wait<1>();
       settle(scores[0]);
       group.keys.release();
       const bool raised = weigh_step<Shape>(scores, rows, shrink, job, span, exponent, step);
-      products_wait<0>();
+      if constexpr (Shape::kUnder) {
+        products_wait_after<0>(rows.sum[0][0] + rows.sum[0][1]);
+      } else {
+        products_wait<0>();
+      }
       settle(weights[0]);
       settle(rows.out[0]);
       group.values.release();

@@ -51,6 +51,18 @@ __device__ __forceinline__ void products_wait() {
 #endif
 }
 
+// The same, but not before `result` (not negative) is there. The assembler knows only which
+// registers products use, and moves a wait ahead of arithmetic on others: what was to run under the
+// products runs after them then. Across a trap it moves nothing, also if that is never sprung.
+template <int kPending>
+__device__ __forceinline__ void products_wait_after(float result) {
+#if OCTAVO_HAS_WARPGROUPS
+  asm volatile("{ .reg .pred never; setp.lt.f32 never, %0, 0f00000000; @never trap; }" ::"f"(result)
+               : "memory");
+  products_wait<kPending>();
+#endif
+}
+
 template <int kTiles>
 __device__ __forceinline__ void settle(float (&d)[kTiles][4]) {
 #pragma unroll
