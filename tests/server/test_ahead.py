@@ -162,6 +162,7 @@ def test_a_core_is_left_for_the_import(cpus, readers, tmp_path, memory, monkeypa
     assert begun._upload.readers == readers
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_start_without_a_gpu_is_as_ever(tmp_path) -> None:
     """With the real module, whose threads find no driver."""
     folder = llama_checkpoints.write(tmp_path)

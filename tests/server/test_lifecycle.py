@@ -98,6 +98,14 @@ def test_the_start_s_seconds_are_told_by_phase(life: Lifecycle, clock: Clock) ->
     assert life.start_seconds == {"import": 2, "weights": 3, "warmup": 0.5}
 
 
+def test_the_first_phase_begins_with_the_engine_s_process(life: Lifecycle, clock: Clock) -> None:
+    life.on_begun(clock.now - 1.5)
+    assert life.start_stalled_for() == 0, "nobody could see progress yet"
+    clock.now += 0.5
+    life.on_progress(Progress("weights", 0.0))
+    assert life.start_seconds == {"import": 2.0, "weights": 0.0}
+
+
 def test_hung_means_work_and_no_step(life: Lifecycle, clock: Clock) -> None:
     ready(life)
     clock.now += 1000

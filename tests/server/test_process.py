@@ -1,5 +1,6 @@
 """The engine process over real sockets, with a runner that has no model."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -381,6 +382,23 @@ def test_the_engine_dies_with_its_parent(start):
     while running(child) and time.monotonic() < end:
         time.sleep(0.02)
     assert not running(child)
+
+
+def test_the_collector_rests_during_the_start_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(process, "start", lambda *_: seen.append(gc.isenabled()) or (None, "ready"))
+    server = type(
+        "Server", (), {"run": lambda _: seen.append((gc.isenabled(), gc.get_freeze_count()))}
+    )
+    monkeypatch.setattr(process, "Server", lambda *_: server())
+    try:
+        process._serve(EngineConfig(model="m").to_json(), "", Script(), os.getpid())
+    finally:
+        gc.unfreeze()
+    assert seen[0] is False
+    enabled, frozen = seen[1]
+    assert enabled
+    assert frozen > 1000
 
 
 def test_a_parent_that_died_before_it_could_be_followed_is_noticed(tmp_path):

@@ -10,7 +10,6 @@ from typing import Any
 
 from octavo.config import EngineConfig, hub_settings, model_source
 from octavo.errors import ConfigError
-from octavo.hub.fetch import fetch
 from octavo.hub.repository import parse_reference
 
 
@@ -25,6 +24,9 @@ def locate(
         if config.revision is not None:
             raise ConfigError("--revision is for a hub's model; MODEL is a folder")
         return config
+    # Late: a start from a folder does without HTTP and TLS.
+    from octavo.hub.fetch import fetch
+
     code = config.trust_remote_code
     folder = fetch(
         parse_reference(config.model, config.revision),

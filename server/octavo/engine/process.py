@@ -168,10 +168,12 @@ def _serve(config_json: str, runner_spec: str, link: Link, parent: int) -> None:
     config = EngineConfig.from_json(config_json)
     if config.num_threads is not None:
         limit_threads(config.num_threads)
+    gc.disable()  # it would walk torch's modules again and again while they are imported
     loop, ready = start(config, report, runner_spec)
-    # What lives now lives to the end: keep the collector from walking it again and again.
+    # What lives now lives to the end: keep the collector from walking it ever again.
     gc.collect()
     gc.freeze()
+    gc.enable()
     link.send(ready)
     Server(loop, link, parent).run()
 
