@@ -148,7 +148,7 @@ def act_and_mul(x: torch.Tensor, function: Function) -> torch.Tensor:
 def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor) -> None:
     """Copy whole blocks in every plane of the cache, in order; see `reference.copy_blocks`."""
     _match_copies("copy_blocks", cache, pairs)
-    run("copy_blocks", cache, cache, pairs)
+    run("copy_blocks", pairs, cache, pairs)  # of elements of any type
 
 
 def swap_blocks(
@@ -160,7 +160,7 @@ def swap_blocks(
     """
     blocks = "host_blocks planes block_size kv_heads dim"
     _match_copies("swap_blocks", cache, pairs, Arg("host", host, blocks, on_host=True))
-    run("swap_blocks", cache, cache, host, pairs, direction)
+    run("swap_blocks", pairs, cache, host, pairs, direction)
 
 
 def _match_copies(op: str, cache: torch.Tensor, pairs: torch.Tensor, *others: Arg) -> None:

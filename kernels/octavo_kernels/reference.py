@@ -115,35 +115,35 @@ def paged_attention(
     """
     window, softcap, sinks = variant.window, variant.softcap, variant.sinks
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    block_size = key_cache.shape[1]
-    group = query.shape[1] // key_cache.shape[2]
-    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    block_size, kv_heads = key_cache.shape[1:3]
+    queries, tables = query.float().unflatten(1, (kv_heads, -1)), block_tables.long()
+    bounds = torch.cat((query_start, seq_lens)).tolist()  # the host waits for a device once
+    starts, lengths = bounds[: len(query_start)], bounds[len(query_start) :]
     for s, length in enumerate(lengths):
         begin, end = starts[s], starts[s + 1]
         if begin == end:
             continue
         first = length - (end - begin)
         behind = max(0, first + 1 - window) // block_size * block_size if window else 0
-        table = block_tables[s, behind // block_size : -(-length // block_size)].long()
+        table = tables[s, behind // block_size : -(-length // block_size)]
         keys = key_cache[table].flatten(0, 1)[: length - behind].float()
         values = value_cache[table].flatten(0, 1)[: length - behind].float()
-        q = query[begin:end].float()
-        scores = torch.einsum("qhd,khd->hqk", q, keys.repeat_interleave(group, dim=1)) * scale
+        scores = torch.einsum("qhgd,khd->hgqk", queries[begin:end], keys) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        position = torch.arange(first, length, device=query.device)[:, None]
-        of_key = torch.arange(behind, length, device=query.device)[None, :]
-        unseen = of_key > position
-        if window:
-            unseen |= of_key <= position - window
-            values = values.masked_fill(unseen.all(0)[:, None, None], 0)
-        scores = scores.masked_fill(unseen, float("-inf"))
+        if end - begin > 1 or window:
+            position = torch.arange(first, length, device=query.device)[:, None]
+            of_key = torch.arange(behind, length, device=query.device)[None, :]
+            unseen = of_key > position
+            if window:
+                unseen |= of_key <= position - window
+                values = values.masked_fill(unseen.all(0)[:, None, None], 0)
+            scores = scores.masked_fill(unseen, float("-inf"))
         if sinks is not None:
-            column = sinks[:, None, None].expand(-1, end - begin, 1)
+            column = sinks.view(kv_heads, -1, 1, 1).expand(-1, -1, end - begin, 1)
             scores = torch.cat((scores, column), dim=-1)
         weights = scores.softmax(dim=-1)[..., : length - behind]
-        mixed = torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, dim=1))
-        out[begin:end] = mixed.to(out.dtype)
+        out[begin:end] = torch.einsum("hgqk,khd->qhgd", weights, values).flatten(1, 2)
     return out
 
 
@@ -155,7 +155,7 @@ def write_kv(
     slots: torch.Tensor,
 ) -> None:
     """Store each token at its slot, block * block_size + offset; slot -1 stores nothing."""
-    kept = slots >= 0
+    kept = (slots >= 0).nonzero()[:, 0]
     at = slots[kept].long()
     key_cache.flatten(0, 1)[at] = key[kept]
     value_cache.flatten(0, 1)[at] = value[kept]

@@ -102,8 +102,7 @@ def restart_adjustment(  # noqa: PLR0913 (what a request may ask for)
     adjustments.allowed_only[row] = allowed is not None
 
     seen = (_sent(values, torch.int64, device) for values in (prompt, drawn, allowed or ()))
-    args = (adjustments.marks[row], *seen, ids)
-    run("restart_marks", torch.empty(0, dtype=torch.bfloat16, device=device), *args)
+    run("restart_marks", adjustments.list_ids, adjustments.marks[row], *seen, ids)
 
 
 def _sent(values: Sequence[int | float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -159,8 +158,11 @@ def sample(
             f"sample: marks of {size['width']} tokens for a vocabulary of {size['vocab']}"
         )
     _check_scale("sample", scale, softcap)
-    tokens: torch.Tensor = run("sample", logits, logits, sampling, slots, scale, softcap, ends)
-    return tokens
+    # Its kernels take float32 too, which others do not: integers choose the back end.
+    drawn: torch.Tensor = run(
+        "sample", sampling.top_k, logits, sampling, slots, scale, softcap, ends
+    )
+    return drawn
 
 
 def token_logprobs(
@@ -185,7 +187,7 @@ def token_logprobs(
     )
     _check_scale("token_logprobs", scale, softcap)
     found: TokenLogprobs = run(
-        "token_logprobs", logits, logits, tokens, wanted, top, scale, softcap
+        "token_logprobs", tokens, logits, tokens, wanted, top, scale, softcap
     )
     return found
 

@@ -171,6 +171,20 @@ def test_every_family_s_tokens_are_transformers(models, name) -> None:
     check_greedy(name, model, greedy(engine(folder)))
 
 
+def test_float32_has_our_kernels_for_all_that_is_no_arithmetic(models) -> None:
+    """Tokens are drawn and blocks moved by them; the model itself runs on torch."""
+    folder, _ = models("tiny")
+    ops.calls.clear()
+    small = {"num_kv_blocks": 30, "max_num_seqs": 24, "swap_space": 1 / 64}
+    loop = engine(folder, dtype="float32", **small)
+    assert drawn(loop) == drawn(engine(folder, dtype="float32", max_num_seqs=24))
+    assert loop.load().swapped_in > 0
+    for op in ("sample", "restart_marks", "build_inputs", "copy_blocks", "swap_blocks"):
+        assert ops.calls[op, "cuda"] > 0, op
+        assert ops.calls[op, "reference"] == 0, op
+    assert ops.calls["paged_attention", "reference"] > 0
+
+
 # Block size, blocks, tokens a step, sequences.
 SETTINGS = [(8, 40, 64, 8), (16, 20, 64, 8), (128, 3, 512, 8), (16, 256, 7, 3)]
 

@@ -34,7 +34,7 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
-    """The folder, prompts, and what transformers makes of them greedily."""
+    """The folder, its groups' windows, prompts, and what transformers makes of them greedily."""
     tiny = tiny_models.TINY[request.param]
     oracle = tiny_models.model_of(tiny)
     folder = tiny_models.write(tiny, oracle, tmp_path_factory.mktemp("model"))
@@ -53,12 +53,12 @@ def model(request, tmp_path_factory):
                 pad_token_id=0,
             )  # fmt: skip
             expected.append(out[0, len(prompt) :].tolist())
-    return str(folder), prompts, expected
+    return str(folder), make(folder).scheduler.kv.windows, prompts, expected
 
 
 def make(folder, **settings):
     defaults = {"block_size": 4, "num_kv_blocks": 400, "max_num_seqs": 8, "max_model_len": 200}
-    config = EngineConfig(model=folder, num_threads=1, **(ENGINE | defaults | settings))
+    config = EngineConfig(model=str(folder), num_threads=1, **(ENGINE | defaults | settings))
     loop, _ = start(config, Reporter(lambda _: None))
     loop.scheduler.output_lengths.mean = 0
     loop.scheduler.output_lengths.observe = lambda _: None  # go on admitting by hope
@@ -88,8 +88,8 @@ SETTINGS = [(16, 8, 512, False), (4, 8, 7, True), (4, 1, 64, False), (1, 1, 5, T
 
 @pytest.mark.parametrize(("block_size", "room", "budget", "caching"), SETTINGS)
 def test_greedy_tokens_are_those_of_transformers(model, block_size, room, budget, caching):
-    folder, prompts, expected = model
-    kv = KvGroups(block_size, make(folder).scheduler.kv.windows)
+    folder, windows, prompts, expected = model
+    kv = KvGroups(block_size, windows)
     assert kv.sliding
     loop = make(
         folder, block_size=block_size, max_num_batched_tokens=budget,
@@ -102,7 +102,7 @@ def test_greedy_tokens_are_those_of_transformers(model, block_size, room, budget
 
 
 def test_samples_are_those_of_an_engine_that_keeps_everything(model, monkeypatch):
-    folder, prompts, _ = model
+    folder, _, prompts, _ = model
     runs = [
         run(make(folder, **settings), prompts, n=3, seed=5, temperature=2.0)
         for settings in ({}, {"num_kv_blocks": 360, "max_num_batched_tokens": 17})
@@ -118,7 +118,7 @@ def test_samples_are_those_of_an_engine_that_keeps_everything(model, monkeypatch
 
 
 def test_beams_fork_in_every_group(model, monkeypatch):
-    folder, prompts, _ = model
+    folder, _, prompts, _ = model
     asked = {"use_beam_search": True, "temperature": 0, "n": 3, "best_of": 3}
     found = run(make(folder), prompts[:3], **asked)
     monkeypatch.setattr(
@@ -128,7 +128,7 @@ def test_beams_fork_in_every_group(model, monkeypatch):
 
 
 def test_blocks_held_do_not_grow_beyond_the_window(model):
-    folder, prompts, _ = model
+    folder, _, prompts, _ = model
     loop = make(folder, max_model_len=250, max_num_batched_tokens=16)
     kv = loop.scheduler.kv
     asked = SamplingParams(temperature=0, max_tokens=190, ignore_eos=True)

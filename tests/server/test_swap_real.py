@@ -1,6 +1,7 @@
 """Swap to host memory with real models: tokens of preempted runs are those of undisturbed ones."""
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,15 @@ def run(folder, **settings):
     return results, loop
 
 
+@cache
+def undisturbed(folder):
+    return run(folder, num_kv_blocks=1000)[0]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("caching", [False, True])
 def test_tokens_are_those_of_undisturbed_runs(folder, depth, caching):
-    wanted, _ = run(folder, num_kv_blocks=1000)
+    wanted = undisturbed(folder)
     common = {"num_kv_blocks": 90, "enable_prefix_caching": caching, "pipeline_depth": depth}
     replayed, without = run(folder, **common)
     swapped, loop = run(folder, swap_space=1 / 64, **common)
