@@ -249,7 +249,8 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help=f"tokens in one step (default {_TOKEN_BUDGETS['cuda']}; "
-        f"{_TOKEN_BUDGETS['cpu']} on the CPU)",
+        f"{_TOKEN_BUDGETS['cpu']} on the CPU); while nobody decodes, a long prompt may take up to "
+        "four times as many on a GPU",
     )
     add(
         "--scheduling-policy",
