@@ -24,7 +24,7 @@ from octavo.errors import ModelError
 from octavo_kernels import ops
 from octavo_kernels.cuda_upload import upload
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 PATIENCE_S = 20.0
 
 
@@ -141,7 +141,9 @@ def test_a_broken_checkpoint_is_named_before_torch_is_there(tmp_path, memory) ->
         ahead.begin(config(folder))
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16"), ("cuda:1", "float32")]
+)
 def test_weights_that_went_elsewhere_are_not_taken(device, dtype, tmp_path, memory) -> None:
     begun = ahead.begin(config(llama_checkpoints.write(tmp_path)))
     assert begun.finish(torch.device(device), dtype, lambda *_: None) is None

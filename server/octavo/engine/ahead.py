@@ -72,7 +72,7 @@ class Ahead:
         `progress` is called with bytes done and bytes in all. To be called once.
         """
         sent, self._upload = self._upload, None
-        if sent is None or device.type != "cuda" or dtype != self.dtype:
+        if sent is None or dtype != self.dtype or not _is_first_gpu(device):
             return None
         brought = sum(count for *_, count in self.plan.pieces)
         total = brought + sum(self.model.entries[name].num_bytes for name in self.plan.left)
@@ -105,6 +105,15 @@ class Ahead:
             part = memory[at : at + math.prod(shape) * dtype.itemsize]
             found[name] = part.view(dtype).view(shape)
         return found
+
+
+def _is_first_gpu(device: torch.device) -> bool:
+    """Whether it is where uploads go: a program that uses `LLM` may have chosen another."""
+    if device.type != "cuda":
+        return False
+    import torch
+
+    return (torch.cuda.current_device() if device.index is None else device.index) == 0
 
 
 def begin(config: EngineConfig) -> Ahead | None:
