@@ -396,3 +396,20 @@ def test_memory_that_the_cache_gets_was_not_taken(checkpoint) -> None:
     reserved = torch.cuda.memory_reserved()
     run(runner, requests(1, 14), 40, 2)
     assert torch.cuda.memory_reserved() - reserved < 64 << 20
+
+
+def test_the_largest_step_takes_no_more_than_was_seen_of_it(checkpoint) -> None:
+    runner = Runner(
+        str(checkpoint), device="cuda", dtype="bfloat16", block_size=8, max_num_seqs=64,
+        max_num_batched_tokens=1024, enforce_eager=True,
+    )  # fmt: skip
+    assert runner.large_step == 4096  # more than a graph has, so that three layers were run
+    length = runner.max_model_len
+    count, blocks = 4096 // length, length // 8
+    runner.allocate_kv(count * blocks + 1)
+    prompts = [[3 + (7 * i + j) % 90 for j in range(length)] for i in range(count)]
+    plan = StepPlan(tuple(Sequence(i, p, blocks).share() for i, p in enumerate(prompts)))
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_reserved()
+    assert len(runner.execute(plan).tokens) == count
+    assert torch.cuda.memory_reserved() - reserved < 4 << 20

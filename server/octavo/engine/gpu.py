@@ -29,6 +29,9 @@ from octavo_kernels import ops
 # Their references look at what is on the device, which the capture of a graph does not allow.
 _NOT_TO_CAPTURE = {"build_inputs", "mixture", "paged_attention", "record_tokens", "sample"}
 
+# The next ones take what these took.
+_LAYERS_TO_REHEARSE = 3
+
 logger = logging.getLogger(__name__)
 
 
@@ -120,13 +123,30 @@ class Gpu:
         return not on_torch
 
     def _rehearse_chunks(self) -> int:
-        """Run the largest step to no effect: what it takes in between stays taken, for others.
-        Returns how many bytes the largest graph takes for the same.
+        """Run the largest step to no effect: what it takes in between stays taken, for others. Of
+        one larger than any graph's only as many layers as show that. Returns how many bytes the
+        largest graph takes for the same.
+        """
+        work, most = self._space.attention, self._space.layout.max_tokens
+        if most > work.max_tokens:
+            sparse = [layer.sparse for layer in self._model.spec.layers]
+            first = sparse.index(True) if True in sparse else 0
+            self._rehearse(most, min(first + _LAYERS_TO_REHEARSE, len(sparse)))
+        taken = self._rehearse(work.max_tokens, None)
+        # A plan of nothing makes what plans for graphs share.
+        none = torch.zeros(1, dtype=torch.int32, device=self._space.words.device)
+        ops.plan_attention(
+            work, none[:0], 0, query_start=none, tokens=work.max_tokens, for_graph=True
+        )
+        return taken
+
+    def _rehearse(self, tokens: int, layers: int | None) -> int:
+        """Run a step of that size, or its first `layers`; returns the bytes that it took meanwhile.
 
         As many whole prompts as there is room for, all in a block 0 that nothing is stored in.
         """
-        layout, spec, device = self._space.layout, self._model.spec, self._space.words.device
-        layers, tokens = self._model.layout.layers_per_group, layout.max_tokens
+        layout, spec, device = self._model.layout, self._model.spec, self._space.words.device
+        whole = tokens
         longest = min(tokens, self._max_model_len)
         count = min(-(-tokens // longest), self._max_num_seqs)
         tokens = min(tokens, count * longest)
@@ -134,7 +154,7 @@ class Gpu:
         out = self._space.buffers
         ids = torch.arange(tokens, device=device)
         cache = torch.zeros(
-            (layers, 2, 1, self._block_size, spec.num_kv_heads, spec.head_dim),
+            (layout.layers_per_group, 2, 1, self._block_size, spec.num_kv_heads, spec.head_dim),
             dtype=self._dtype,
             device=device,
         )
@@ -159,10 +179,9 @@ class Gpu:
             tokens=tokens,
             max_query_len=longest,
         )
-        hidden = self._model.hidden(batch, cache)
-        self._model.raw_logits(hidden, self._space.logits[:count])
-        taken = torch.cuda.max_memory_allocated(device) - taken
-        # A plan of nothing makes what plans for graphs share.
-        none, start = batch.seq_lens[:0], batch.query_start[:1]
-        ops.plan_attention(work, none, 0, query_start=start, tokens=work.max_tokens, for_graph=True)
-        return taken * work.max_tokens // tokens
+        if layers is None:
+            hidden = self._model.hidden(batch, cache)
+            self._model.raw_logits(hidden, self._space.logits[:count])
+        else:
+            self._model.body(batch, cache, layers=layers)
+        return (torch.cuda.max_memory_allocated(device) - taken) * whole // tokens

@@ -152,16 +152,16 @@ class Decoder:
         stack = self._stacks[key]
         return stack if stack is not None and rows <= stack.rows else None
 
-    def body(self, batch: Batch, kv_cache: torch.Tensor) -> Attended:
+    def body(self, batch: Batch, kv_cache: torch.Tensor, *, layers: int | None = None) -> Attended:
         """All that has to be done for every token of the batch: up to the last layer's attention.
         Keys and values go to `kv_cache`, which is [layers of a group, 2, blocks, block_size,
-        kv_heads, head_dim].
+        kv_heads, head_dim]. The first `layers` alone show what a batch takes.
         """
         planes = kv_cache.view(-1, *kv_cache.shape[2:]).unbind()
         at = self._attend(0, None, self._embed(batch), batch, planes)
         # The first layer's checks hold for this batch, those of one whole pass for the weights.
         with self._checked_once():
-            for i in range(1, self.spec.num_layers):
+            for i in range(1, layers or self.spec.num_layers):
                 at = self._attend(i, self._conclude(i - 1, at), at.residual, batch, planes)
         return at
 
