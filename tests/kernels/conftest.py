@@ -32,3 +32,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = items[number::count]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+
+
+def pytest_report_collectionfinish(items: list[pytest.Item]) -> list[str]:
+    """What a shard is to run, so that whoever reads its output can tell what it did not come to."""
+    if "OCTAVO_TEST_SHARD" not in os.environ:
+        return []
+    return [f"to run: {item.nodeid}" for item in items]

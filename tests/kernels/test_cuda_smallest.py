@@ -29,7 +29,6 @@ from octavo_kernels.attention_settings import DecodeSetting
 pytestmark = needs_gpu_kernels
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels/csrc/cuda"
-DTYPES = (torch.bfloat16, torch.float16)
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -82,9 +81,18 @@ def shared_products(dtype: torch.dtype, width: int) -> None:
     stream.test_cuts(576, 192, 5, width, dtype)
 
 
-def layers_in_one(dtype: torch.dtype, dim: int) -> None:
-    stack = persistent.Stack(kv_heads=1, dim=dim, dtype=dtype, blocks=40)
-    persistent.check(stack, [70, 0, 17], persistent.LIMIT[dtype])
+def layers_in_one(dtype: torch.dtype, dim: int, engine_tokens: int) -> None:
+    """Contexts copied a word at a time, or by the copy engine."""
+
+    class Stack(persistent.Stack):
+        def prepared(self) -> ops.LayerStack | None:
+            found = super().prepared()
+            found.native.engine_tokens = engine_tokens
+            return found
+
+    sizes = {"kv_heads": 1, "dim": dim, "dtype": dtype, "blocks": 40, "vocab": 520}
+    persistent.check(Stack(**sizes), [70, 0, 17], persistent.LIMIT[dtype])
+    persistent.check_whole(Stack(**sizes), [70, 0, 17])
 
 
 def draw(dtype: torch.dtype) -> None:
@@ -99,7 +107,8 @@ def state_of_the_batch() -> None:
     batch.test_updates_write_their_words_and_nothing_else("cuda")
 
 
-def case(name: str, function: Callable[..., None], *args, **named):
+def case(source: str, name: str, function: Callable[..., None], *args, **named):
+    """`source` is the file of the kernel that it is there for."""
     inspect.signature(function).bind(*args, **named)  # where there is no GPU too
 
     def run() -> None:
@@ -107,66 +116,80 @@ def case(name: str, function: Callable[..., None], *args, **named):
         with ops.forced("cuda"):
             function(*args, **named)
 
-    return pytest.param(run, id=name)
+    return pytest.param(run, id=f"{source}: {name}")
 
 
 def cases_of(dtype: torch.dtype) -> list:
+    """First what stands on the most assumptions about blocks and memory."""
     name = str(dtype).removeprefix("torch.")
     made = [
-        case(f"{name} decode {dim}", attend_decodes, dim, dtype, stages)
+        case("persistent_layers", f"{name} {dim} {tokens}", layers_in_one, dtype, dim, tokens)
+        for dim in (64, 128)
+        for tokens in (0, 1 << 20)
+    ]
+    if prefill.HOPPER:
+        made += [case("stream_gemm", f"{name} {width}", shared_products, dtype, width)
+                 for width in (32, 64, 128, 192, 256)]  # fmt: skip
+        made.append(case("gated_gemm", name, gated_products, dtype))
+        made += [case("prefill_warpgroup", f"{name} {dim}", attend_chunks, dim, dtype,
+                      warpgroups=True) for dim in (64, 128)]  # fmt: skip
+    made += [
+        case("moe", f"{name} few", experts, dtype, 3),
+        case("moe", f"{name} many", experts, dtype, 150),
+        case("sampling", name, draw, dtype),
+    ]
+    made += [case("prefill_attention", f"{name} {dim}", attend_chunks, dim, dtype)
+             for dim in prefill.DIMS]  # fmt: skip
+    made += [case("prefill_attention", f"{name} {dim} wide groups", attend_wide_groups, dtype, dim)
+             for dim in prefill.DIMS]  # fmt: skip
+    made += [
+        case("decode_attention", f"{name} {dim}", attend_decodes, dim, dtype, stages)
         for dim, stages in ((64, 3), (80, 2), (96, 2), (128, 2), (256, 1))
     ]
-    made += [case(f"{name} decode {b} a block", attend_decodes, 64, dtype, 2, block_size=b)
-             for b in (8, 128)]  # fmt: skip
-    made += [case(f"{name} chunks {dim}", attend_chunks, dim, dtype) for dim in prefill.DIMS]
-    made += [case(f"{name} wide groups {dim}", attend_wide_groups, dtype, dim)
-             for dim in prefill.DIMS]  # fmt: skip
-    if prefill.HOPPER:
-        made += [case(f"{name} warpgroups {dim}", attend_chunks, dim, dtype, warpgroups=True)
-                 for dim in (64, 128)]  # fmt: skip
-        made.append(case(f"{name} gated products", gated_products, dtype))
+    made += [case("decode_attention", f"{name} {b} a block", attend_decodes, 64, dtype, 2,
+                  block_size=b) for b in (8, 128)]  # fmt: skip
     made += [
-        case(f"{name} product {n} {k} {rows}", gemm.test_linear, n, k, rows, dtype)
+        case("skinny_gemm", f"{name} {n} {k} {rows}", gemm.test_linear, n, k, rows, dtype)
         for n, k, rows in ((1, 8, 1), (9, 40, 7), (100, 1000, 8), (100, 1000, 16), (40, 14336, 9))
     ]
     made += [
-        case(f"{name} product with norm", gemm.test_linear_with_norm, 3, 1032, 1.0, dtype),
-        case(f"{name} gated product", gemm.test_gated_linear, 5, 12, 64, "silu", dtype),
-        case(f"{name} added product", gemm.test_linear_add, 16, 17, 520, dtype),
-        case(f"{name} experts of few", experts, dtype, 3),
-        case(f"{name} experts of many", experts, dtype, 150),
-        case(f"{name} embedding", elementwise.test_embed, 2.0, dtype),
-        case(f"{name} keys and values", elementwise.test_write_kv, 64, dtype),
+        case("skinny_gemm", f"{name} normed", gemm.test_linear_with_norm, 3, 1032, 1.0, dtype),
+        case("skinny_gemm", f"{name} gated", gemm.test_gated_linear, 5, 12, 64, "silu", dtype),
+        case("skinny_gemm", f"{name} added", gemm.test_linear_add, 16, 17, 520, dtype),
+    ]
+    return [*made, *small_cases_of(dtype, name)]
+
+
+def small_cases_of(dtype: torch.dtype, name: str) -> list:
+    """What goes over each element once."""
+    made = [
+        case("elementwise", f"{name} embedding", elementwise.test_embed, 2.0, dtype),
+        case("heads", f"{name} stored", elementwise.test_write_kv, 64, dtype),
     ]
     for width in (72, 8200):
-        made.append(case(f"{name} rms norm {width}", elementwise.test_rms_norm, 3, width, dtype))
-        made.append(case(f"{name} norm {width}", elementwise.test_layer_norm, True, width, dtype))
-    made += [case(f"{name} {f}", elementwise.test_activations, 136, f, dtype) for f in FUNCTIONS]
+        norm, other = elementwise.test_rms_norm, elementwise.test_layer_norm
+        made.append(case("norm", f"{name} {width}", norm, 3, width, dtype))
+        made.append(case("norm", f"{name} {width} of layers", other, True, width, dtype))
+    made += [case("elementwise", f"{name} {f}", elementwise.test_activations, 136, f, dtype)
+             for f in FUNCTIONS]  # fmt: skip
     heads = elementwise.test_heads_on_their_way_to_attention
     made += [
-        case(f"{name} heads of {d} turned by {r}", heads, 4, 2, d, r, interleaved, True, dtype)
+        case("heads", f"{name} {d} turned by {r}", heads, 4, 2, d, r, interleaved, True, dtype)
         for d in (64, 128, 256)
         for r, interleaved in ((32, False), (64, True))
     ]
-    return [*made, case(f"{name} draw", draw, dtype)]
+    return made
 
 
 CASES = [
-    *(made for dtype in DTYPES for made in cases_of(dtype)),
-    case("float32 draw", draw, torch.float32),
-    case("equal logits", sampling.test_of_equals_the_lower_ids_are_kept, 5000),
-    case("ends", sampling.test_slots_and_ends),
-    case("adjusted draws", sampling.test_adjustments_and_what_they_count),
-    case("blocks moved", swap_and_copy),
-    case("state of the batch", state_of_the_batch),
-    *(
-        case(f"{t} shares of {w} rows", shared_products, t, w)
-        for t in DTYPES
-        for w in (32, 64, 128, 192, 256)
-        if prefill.HOPPER
-    ),
-    # Last: who waits in vain, as slow tools may have it, ends all that his process could do.
-    *(case(f"{t} layers of {d}", layers_in_one, t, d) for t in DTYPES for d in (64, 128)),
+    *cases_of(torch.bfloat16),
+    case("batch_state", "", state_of_the_batch),
+    case("sampling", "equal logits", sampling.test_of_equals_the_lower_ids_are_kept, 5000),
+    case("sampling", "ends", sampling.test_slots_and_ends),
+    case("penalties", "", sampling.test_adjustments_and_what_they_count),
+    case("cache", "", swap_and_copy),
+    case("sampling", "float32", draw, torch.float32),
+    *cases_of(torch.float16),
 ]
 
 
