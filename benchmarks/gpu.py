@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out rows.jsonl --site PEERS --budget 580 --part vllm-8b octavo-8b
     python benchmarks/gpu.py --out rows.jsonl --engine octavo --shape llama-8b --load single
-    python benchmarks/gpu.py --out rows.jsonl --table
+    python benchmarks/gpu.py --out rows.jsonl --table NAME
 
 Each part has a time box and runs in processes of its own; one that fails or takes too long says so
 in a row, and the rest goes on. Rows are appended, one JSON line a measurement; only rows of one
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     add("--commit", default="unknown")
     add("--site", help="folder with the peers' packages")
     add("--scratch", type=Path, default=None, help="for folders of models (default: in memory)")
-    add("--table", action="store_true", help="print what the file holds")
+    add("--table", nargs="*", metavar="SITTING", help="print what the file holds of these, or all")
     return parser.parse_args()
 
 
@@ -94,8 +94,8 @@ def main() -> None:
         measure_ceilings(sitting)
         for name, part in wanted.items():
             run_part(sitting, name, part, end)
-    if args.table:
-        print(tables(read(args.out)))
+    if args.table is not None:
+        print(tables([r for r in read(args.out) if r["sitting"] in args.table or not args.table]))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

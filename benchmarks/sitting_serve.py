@@ -191,7 +191,8 @@ def under_load(sitting: Sitting, engine: str, model: Model, rep: int) -> Iterato
         if seconds < POISSON_S / 3 and sitting.requests is None:
             raise PartError(f"{sitting.left:.0f} s are left, too few for a load of its own")
         target = server.target(sitting.left - seconds)
-        for row in _load(target, engine, model, rate, max(1, round(rate * seconds)), rep):
+        count = poisson_count(sitting.rows, max(1, round(rate * seconds)))
+        for row in _load(target, engine, model, rate, count, rep):
             yield row | {"rate_from": origin}
 
 
@@ -219,6 +220,14 @@ def poisson_rate(rows: Sequence[dict[str, Any]]) -> tuple[float, str]:
             if row.get("load") == "capacity" and row.get("engine") == engine:
                 return round(SHARE_OF_CAPACITY * row["value"], 3), engine
     raise PartError("no server's capacity was measured, so there is no rate to send at")
+
+
+def poisson_count(rows: Sequence[dict[str, Any]], most: int) -> int:
+    """As many requests as the first server of the sitting got, which may have been short of time:
+    others are not compared.
+    """
+    earlier = (row["requests"] for row in rows if row.get("load") == "poisson")
+    return min(most, next(earlier, most))
 
 
 def _load(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Rows = Sequence[Mapping[str, Any]]
-OURS, PEER, STATIC = "octavo", "vllm", "transformers"
+from sitting_sections import OURS, PEER, Rows, sections, spread
+
+STATIC = "transformers"
+SERVER_LOADS = ("capacity", "poisson", "cold-start")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ def tables(rows: Rows) -> str:
 
 def table(rows: Rows) -> str:
     """All tables of the rows, which are of one sitting."""
-    parts = [_claims(rows), _engines(rows), _static(rows), _others(rows), _failures(rows)]
+    parts = [_machine(rows), _claims(rows), *sections(rows), _engines(rows), _static(rows)]
+    parts += [_others(rows), _failures(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -86,9 +88,38 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     return middle, min(ours) / max(theirs), max(ours) / min(theirs)
 
 
+def share_of_limit(rows: Rows, engine: str, claim: Claim) -> str:
+    """How much of what the machine allows an engine reached, where that is known."""
+    shares = [
+        row["value"] / row["limit"]
+        for row in rows
+        if row.get("engine") == engine
+        and (row.get("shape"), row.get("load"), row["metric"])
+        == (claim.shape, claim.load, claim.metric)
+        and row.get("value") is not None
+        and row.get("limit")
+    ]
+    return f", {statistics.median(shares):.0%}" if shares and engine != STATIC else ""
+
+
+def _machine(rows: Rows) -> str:
+    """Whose figures these are, and of which state of the repository."""
+    found = next((row["detail"] for row in rows if row["metric"] == "ceilings"), None)
+    if found is None:
+        return ""
+    of_what = sorted({str(row["commit"]) for row in rows if row.get("commit")})
+    versions = sorted({f"{r['engine']} {r['version']}" for r in rows if r.get("version")})
+    return (
+        f"{found['device']}: copies {found['copy_TB_s']} TB/s, multiplies bf16 at "
+        f"{found['bf16_TFLOP_s']} TFLOP/s. torch {found['torch']}, {', '.join(versions)}; commit "
+        f"{', '.join(of_what)}."
+    )
+
+
 def _claims(rows: Rows) -> str:
     lines = [
-        "| workload | octavo | peer | ratio (least–most) | first bar | goal | met |",
+        "| workload | octavo, of the limit | peer, of the limit | ratio (least–most) | first bar "
+        "| goal | met |",
         "|---|---|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
@@ -108,7 +139,8 @@ def _claims(rows: Rows) -> str:
             verdict = _verdict(claim, statistics.median(ours))
         sign = "≥" if claim.higher else "≤"
         lines.append(
-            f"| {claim.name} | {_spread(ours)} | {_spread(theirs)} | {shown} "
+            f"| {claim.name} | {spread(ours)}{share_of_limit(rows, OURS, claim)} "
+            f"| {spread(theirs)}{share_of_limit(rows, claim.peer or PEER, claim)} | {shown} "
             f"| {sign} {claim.bar:g} | {sign} {claim.goal:g} | {verdict} |"
         )
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -132,25 +164,15 @@ def _same_requests(rows: Rows, claim: Claim) -> bool:
     return len(kinds) == 1
 
 
-def _spread(found: Sequence[float]) -> str:
-    if not found:
-        return "–"
-    middle = statistics.median(found)
-    digits = 0 if middle >= 1000 else 1 if middle >= 100 else 2
-    text = f"{middle:,.{digits}f}"
-    if len(found) > 1:
-        text += f" ({min(found):,.{digits}f}–{max(found):,.{digits}f})"
-    return text
-
-
 def _engines(rows: Rows) -> str:
-    """Every measured value of every engine, beside the machine's limit where it has one."""
+    """Every value that was measured without a server, beside the machine's limit."""
     found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
     limits: dict[tuple[str, str, str], float] = {}
     for row in rows:
-        if "load" in row and row.get("value") is not None and row["engine"] != STATIC:
+        elsewhere = row.get("load") in (None, *SERVER_LOADS) or row.get("engine") in (None, STATIC)
+        if not elsewhere and row.get("value") is not None:
             key = (row["shape"], row["load"], row["metric"])
             found[key][row["engine"]].append(row["value"])
             if row.get("limit"):
@@ -163,7 +185,7 @@ def _engines(rows: Rows) -> str:
         for engine, each in engines.items():
             share = f"{statistics.median(each) / limits[key]:.0%}" if key in limits else "–"
             limit = f"{limits[key]:,.0f}" if key in limits else "–"
-            lines.append(f"| {' | '.join(key)} | {engine} | {_spread(each)} | {limit} | {share} |")
+            lines.append(f"| {' | '.join(key)} | {engine} | {spread(each)} | {limit} | {share} |")
     return "\n".join(lines)
 
 
@@ -179,8 +201,8 @@ def _static(rows: Rows) -> str:
 
 
 def _others(rows: Rows) -> str:
-    """What has tables of its own elsewhere: a line each."""
-    named = {"sharing", "idle", "cost_model", "start", "ceilings", "weights_s", "part"}
+    """A line each."""
+    named = {"start", "weights_s", "part"}
     lines = []
     for row in rows:
         if row["metric"] in named or row.get("part_of"):

@@ -17,7 +17,14 @@ import torch
 import transformers
 from sitting import Model, PartError, Sitting, json_lines
 from sitting_parts import Part, Rows, run_part
-from sitting_serve import Server, cold_start, free_port, poisson_rate, under_load
+from sitting_serve import (
+    Server,
+    cold_start,
+    free_port,
+    poisson_count,
+    poisson_rate,
+    under_load,
+)
 from sitting_table import CLAIMS, ratio, table, tables
 from sitting_weights import shards, write_weights
 
@@ -279,3 +286,45 @@ def test_tables_keep_sittings_apart() -> None:
     text = tables([row("octavo", 1.0), row("vllm", 2.0, sitting="t")])
     assert text.count("## ") == 2
     assert "not comparable" not in text
+
+
+def test_the_second_server_gets_as_many_requests_as_the_first() -> None:
+    earlier = [{"load": "capacity", "requests": 700}, {"load": "poisson", "requests": 662}]
+    assert poisson_count(earlier[:1], 1146) == 1146
+    assert poisson_count(earlier, 1146) == 662
+    assert poisson_count(earlier, 500) == 500
+
+
+def of_script(metric: str, **detail: Any) -> dict[str, Any]:
+    named = {key: detail[key] for key in ("shape", "engine", "load") if key in detail}
+    return {"sitting": "s", "metric": metric, "value": None, "detail": detail} | named
+
+
+def test_what_is_beside_the_headlines_has_tables_of_its_own() -> None:
+    beams = {"load": "sharegpt", "kind": "beam", "width": 6, "blocks": 981}
+    fit = {"a_ms": 6.4, "b_us": 11.4, "c_ns": 45.7, "e_us": 20.6, "points": 12}
+    fit |= {"median_error": 0.0138, "worst_error": 0.098}
+    fit |= {"shape": "llama-8b", "method": "generate"}
+    phases = {"import": 3.9, "weights": 2.35}
+    served = {"digest": "d", "rate": 25.5, "load": "poisson", "metric": "tpot_p99_ms"}
+    text = table(
+        [
+            of_script("sharing", **beams, sharing=True, tok_s=1920.9),
+            of_script("sharing", **beams, sharing=False, tok_s=535.4),
+            of_script("sharing_ratio", **beams, blocks_saved=0.7523, ratio=3.588, most=4.04),
+            of_script("idle", shape="llama-8b", load="sharegpt", after=150, running=512, idle=0.05,
+                      step_ms=12.5, profiled_step_ms=12.9, host_ms={"plan": 0.24}),
+            *(of_script("cost_model", **fit, engine=e) for e in ("octavo", "vllm")),
+            row("octavo", 5.9, load="cold-start", metric="first_token_s", part="cold-octavo",
+                detail={"phases": phases}),
+            row("octavo", 7.5, **served), row("vllm", 10.0, **served),
+        ]
+    )  # fmt: skip
+    assert "| sharegpt | beam | 6 | 75.2% | 1,921 | 535 | 3.59 | 4.04 | goal |" in text
+    assert (
+        "| llama-8b | sharegpt | 150 | 512 | 12.5 | 12.9 | 5.0% | **missed** | plan 0.24 |" in text
+    )
+    assert "| llama-8b | vllm | generate | 6.4 | 11.4 | 45.7 | 20.6 | 1.4% | 9.8% | 12 |" in text
+    assert "| cold-octavo | octavo | 5.90 | import 3.9, weights 2.35 |" in text
+    assert "| Poisson, time per output token, p99, ms | 7.50 | 10.00 | 0.75 |" in text
+    assert "Poisson arrivals a second: 25.5" in text
