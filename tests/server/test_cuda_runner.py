@@ -128,7 +128,8 @@ def test_graphs_give_the_tokens_of_the_same_operations_one_by_one(checkpoint, nu
     before = ops.calls.copy()
     tokens = decode(captured, num_seqs, 30, longest=1)  # a prompt of one token is a decode
     ran = ops.calls - before
-    assert ran["paged_attention", "cuda"] or ran["decode_layers", "cuda"]  # the latter: few rows
+    few = ran["decode_layers", "cuda"] or ran["decode_logits", "cuda"]
+    assert few or ran["paged_attention", "cuda"]
     assert list(graphs(captured)._graphs) == [num_seqs]
     assert tokens == decode(eager, num_seqs, 30, longest=1)
     assert decode(captured, num_seqs, 30, longest=1) == tokens

@@ -90,7 +90,6 @@ void bind_prefill(py::module_& m) {
       .def("attend", &PrefillStep::attend, named, "dtype"_a, "query"_a, "query_stride"_a,
            "key_cache"_a, "value_cache"_a, "block_tables"_a, "max_blocks"_a, "block_size"_a,
            "out"_a, "scale"_a, "window"_a, "softcap"_a, "sinks"_a, "stream"_a);
-  m.def("prefill_variant", [](int variant) { prefill_variant = variant; }, "variant"_a);
   m.def("prefill_serves", &prefill_serves, "dim"_a, "block_size"_a,
         "Whether there is a kernel for these sizes.");
 }

@@ -99,10 +99,6 @@ void plan_prefill(const PrefillBatch& batch, const PrefillPlan& plan, PrefillOpt
 void prefill_attention(const PrefillAttention& args, const PrefillBatch& batch,
                        const PrefillPlan& plan, cudaStream_t stream);
 
-// Which of the kernels with warpgroups runs, to compare them: 0 as it was; 1: the softmax under the
-// products; + 2: keys and values copied by warps of their own; + 4: turns.
-extern int prefill_variant;
-
 // The part of prefill_attention() for a plan with warpgroups.
 void prefill_warpgroup(const PrefillAttention& args, const PrefillBatch& batch,
                        const PrefillPlan& plan, int multiprocessors, cudaStream_t stream);

@@ -101,35 +101,29 @@ struct Keys {
 };
 
 // Looks up a step's pages: blocks hold 8 slots or more, so 8 keys that
-// begin at a multiple of 8 are always adjacent. first_slot() finds the slot of a group of them.
+// begin at a multiple of 8 are always adjacent. first_slot() finds the slot of a group of them; in
+// two steps the block's number can be under way meanwhile.
 struct Pages {
   const int32_t* table;
   int shift;  // of a position to its block
 
   template <typename Shape>
   __device__ int first_slot(int step, uint32_t group, const Keys& keys) const {
+    return slot<Shape>(first_block<Shape>(step, group, keys), step, group);
+  }
+  template <typename Shape>
+  __device__ int first_block(int step, uint32_t group, const Keys& keys) const {
     const int position = step * Shape::kKeys + group * 8;
     const bool wanted =
         group < Shape::kGroups && position < keys.end && position + 8 > keys.seen;
-    if (!wanted) return 0;
-    return (table[position >> shift] << shift) + (position & ((1 << shift) - 1));
+    return wanted ? table[position >> shift] : 0;
+  }
+  template <typename Shape>
+  __device__ int slot(int block, int step, uint32_t group) const {
+    const int position = step * Shape::kKeys + group * 8;
+    return (block << shift) + (position & ((1 << shift) - 1));
   }
 };
-
-// The same in two steps, so that a block's number can be on its way while the step before is copied.
-template <typename Shape>
-__device__ __forceinline__ int first_block(const Pages& pages, int step, uint32_t group,
-                                           const Keys& keys) {
-  const int position = step * Shape::kKeys + group * 8;
-  const bool wanted = group < Shape::kGroups && position < keys.end && position + 8 > keys.seen;
-  return wanted ? pages.table[position >> pages.shift] : 0;
-}
-
-template <typename Shape>
-__device__ __forceinline__ int slot_in(const Pages& pages, int block, int step, uint32_t group) {
-  const int position = step * Shape::kKeys + group * 8;
-  return (block << pages.shift) + (position & ((1 << pages.shift) - 1));
-}
 
 // Copies a step's keys (or values), zeros for those out of keys.seen..keys.end. slot_of(group) is
 // what first_slot() found; `row` is how many units of 16 bytes lie from slot to slot.

@@ -4,32 +4,18 @@
 
 namespace octavo::cuda {
 
-int prefill_variant = 0;
-
 namespace prefill {
 namespace {
 
-template <typename T, int kDim, int kVariant>
-void launch_variant(const PrefillAttention& args, const PrefillBatch& batch,
-                    const PrefillPlan& plan, int blocks, cudaStream_t stream) {
-  using Shape = WarpgroupShape<T, kDim, kVariant>;
+template <typename T, int kDim>
+void launch_dim(const PrefillAttention& args, const PrefillBatch& batch, const PrefillPlan& plan,
+                int blocks, cudaStream_t stream) {
+  using Shape = WarpgroupShape<T, kDim>;
   constexpr int kBytes = Shared<Shape>::kBytes;
   static const bool allowed = allow_shared(prefill_warpgroup_kernel<Shape>, kBytes);
   (void)allowed;
   launch(prefill_warpgroup_kernel<Shape>, dim3(blocks), dim3(kComputing + kThreads), kBytes,
          stream, args, batch, plan);
-}
-
-template <typename T, int kDim>
-void launch_dim(const PrefillAttention& args, const PrefillBatch& batch, const PrefillPlan& plan,
-                int blocks, cudaStream_t stream) {
-  switch (prefill_variant) {
-    case 0: return launch_variant<T, kDim, 0>(args, batch, plan, blocks, stream);
-    case 1: return launch_variant<T, kDim, 1>(args, batch, plan, blocks, stream);
-    case 3: return launch_variant<T, kDim, 3>(args, batch, plan, blocks, stream);
-    case 5: return launch_variant<T, kDim, 5>(args, batch, plan, blocks, stream);
-    default: return launch_variant<T, kDim, 7>(args, batch, plan, blocks, stream);
-  }
 }
 
 template <typename T>
