@@ -97,6 +97,7 @@ def running(
         files = ["--journal", f"{folder}/journal.jsonl", "--pid-file", f"{folder}/engine.pid"]
         command = [sys.executable, str(FAKE), *files, *engine, "--", *served]
     paths = [str(ROOT / part) for part in ("server", "operator", "kernels")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     # A killed server cannot remove its socket folder, so it gets one that is removed here.
     sockets = tempfile.mkdtemp(prefix="octavo-test-", dir="/tmp")
     environment = os.environ | {

@@ -80,7 +80,8 @@ class Ahead:
             while not sent.wait(POLL_S):
                 progress(sent.done, total)
         except RuntimeError as error:
-            logger.warning("the weights are read once more, after this: %s", error)
+            # Its text alone: a kept error would keep this frame, and with it the memory.
+            logger.warning("the weights are read once more, after this: %s", str(error))
             return None
         progress(brought, total)
         parameters = self._as_tensors(sent, device)
