@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from kernel_timing import Machine, graph_seconds, rotations
+from kernel_timing import Machine, graph_seconds
 
 from octavo.bench.workloads import SHAPES
-from octavo_kernels import _cuda, cuda_gemm, cuda_lt, cuda_stream, ops
+from octavo_kernels import _cuda, cuda_gemm, ops
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 2048)
 FUSED_ROWS = (1, 2, 4, 8)
 DETERMINISTIC_ROWS = (1, 16, 64, 256)
 # Milliseconds for one row that are to be met on a GPU that copies at 4.3 TB/s.
 BARS, BARS_AT = {"llama-8b": 3.70, "qwen3-0.6b": 0.53}, 4.28e12
-STREAM_ROWS, STREAM_PLANS = (32, 64, 128, 192, 256, 384, 512), 6
 SHARED_LIMITS = tuple(1024 * k for k in (40, 56, 72, 96, 113, 144, 200))
 
 
@@ -115,17 +113,6 @@ def relative_error(model: Model, rows: int) -> float:
     return round(worst, 5)
 
 
-def stream_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """By our kernel for the rows between: cut as was found, else as should be fastest."""
-    size = cuda_lt.size_of(x, weight, None)
-    plan = cuda_stream.plan_of(cuda_lt.algorithm_of(size))
-    if plan is None:
-        plan = cuda_stream.plans(len(x), *weight.shape, cuda_stream.pairs_of(x.device))[0]
-    out = x.new_empty((len(x), len(weight)))
-    cuda_stream.product(x, weight, None, out, plan)
-    return out
-
-
 def deterministic_seconds(model: Model, rows: int) -> float:
     """A step by one algorithm a weight whatever the rows."""
     ops.deterministic(True)
@@ -147,11 +134,9 @@ def tuning_of(model: Model) -> dict[str, object]:
 def row_of(model: Model, rows: int, machine: Machine) -> dict[str, object]:
     """Our products beside torch's, and beside reading the weights at copy bandwidth."""
     products = [torch.nn.functional.linear, ops.linear]
-    if rows in STREAM_ROWS and cuda_stream.pairs_of(torch.device("cuda", 0)):
-        products.append(stream_product)
     # In turns, so that none is measured with the clocks that another left behind.
     rounds = [[graph_seconds([step(model, rows, by)]) for by in products] for _ in range(2)]
-    torchs, ours, *streams = (min(times) for times in zip(*rounds, strict=True))
+    torchs, ours = (min(times) for times in zip(*rounds, strict=True))
     of_copy = model.bytes / ours / machine.copy_bytes_s
     row: dict[str, object] = {
         "shape": model.name,
@@ -163,8 +148,6 @@ def row_of(model: Model, rows: int, machine: Machine) -> dict[str, object]:
         "of_copy": round(of_copy, 3),
         "TFLOP_s": round(model.bytes * rows / ours / 1e12, 1),
     }
-    if streams:
-        row |= {"stream_ms": round(streams[0] * 1e3, 4), "stream": round(torchs / streams[0], 3)}
     if rows == 1:
         bar = BARS[model.name] * BARS_AT / machine.copy_bytes_s
         row |= {"bar_ms": round(bar, 3), "met": ours * 1e3 <= bar}
@@ -205,38 +188,12 @@ def sweep_of(model: Model, machine: Machine) -> Iterator[dict[str, object]]:
                 }
 
 
-def stream_sweep_of(model: Model) -> Iterator[dict[str, object]]:
-    """Of each size of weight the cuts that should be fastest, beside torch; microseconds."""
-    by_size: dict[torch.Size, list[torch.Tensor]] = {}
-    for weight in model.weights:
-        by_size.setdefault(weight.shape, []).append(weight)
-    pairs = cuda_stream.pairs_of(torch.device("cuda", 0))
-    for rows in STREAM_ROWS if pairs else ():
-        x = inputs_of(model, rows)
-        for (n, k), weights in by_size.items():
-            some = weights[: rotations(weights[0].nbytes)]
-            out = x[k].new_empty((rows, n))
-            plans = cuda_stream.plans(rows, n, k, pairs)[:STREAM_PLANS]
-
-            def by(plan: cuda_stream.Plan, w: torch.Tensor) -> None:
-                cuda_stream.product(x[w.shape[1]], w, None, out, plan)  # noqa: B023 (called here and now)
-
-            took = {
-                f"{plan.width}x{plan.shares}": graph_seconds([partial(by, plan, w) for w in some])
-                for plan in plans
-            }
-            took["torch"] = graph_seconds([partial(torch.mm, x[k], w.t(), out=out) for w in some])
-            us = {name: round(each * 1e6, 2) for name, each in took.items()}
-            yield {"shape": model.name, "rows": rows, "n": n, "k": k, "us": us}
-
-
 def gemm(machine: Machine, sweep: bool) -> Iterator[dict[str, object]]:
     """A decode step's products for each model, by rows; or one kernel's settings."""
     for name in SHAPES:
         model = model_of(name)
         if sweep:
             yield from sweep_of(model, machine)
-            yield from stream_sweep_of(model)
         else:
             yield tuning_of(model)
             for rows in ROWS:

@@ -37,7 +37,6 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/bind_elementwise.cpp
   csrc/cuda/decode_attention.cu csrc/cuda/decode_plan.cu csrc/cuda/bind_decode.cpp
   csrc/cuda/skinny_gemm.cu csrc/cuda/gated_gemm.cu csrc/cuda/bind_gemm.cpp
-  csrc/cuda/stream_gemm.cu csrc/cuda/bind_stream.cpp
   csrc/cuda/upload.cpp csrc/cuda/bind_upload.cpp
   csrc/cuda/blaslt.cpp csrc/cuda/bind_blaslt.cpp
   csrc/cuda/moe.cu csrc/cuda/bind_moe.cpp

@@ -47,27 +47,6 @@ def gated_gemm(
     stream: int,
 ) -> None: ...
 def gated_gemm_serves(n: int, k: int, function: int, device: int) -> bool: ...
-def stream_gemm(
-    *,
-    dtype: int,
-    x: int,
-    x_stride: int,
-    w: int,
-    bias: int,
-    out: int,
-    rows: int,
-    n: int,
-    k: int,
-    epilogue: int,
-    width: int,
-    shares: int,
-    partials: int,
-    arrivals: int,
-    stream: int,
-) -> None: ...
-def stream_gemm_pairs(device: int) -> int: ...
-def stream_gemm_partial_bytes(pairs: int) -> int: ...
-def stream_gemm_arrivals(pairs: int) -> int: ...
 def lt_version() -> int: ...
 def mixture(
     *,

@@ -10,11 +10,12 @@ import torch
 from torch.nn import functional
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels import cuda_lt, cuda_stream
-from octavo_kernels.cuda_stream import ADD, GATED, STORE
+from octavo_kernels import cuda_lt
 from octavo_kernels.native import FUNCTIONS, Unfused, address, profile, stream_of, type_code
 from octavo_kernels.reference import Function, Norm
 
+# In the order of skinny_gemm.h's Epilogue.
+STORE, ADD, GATED = range(3)
 _ALIGNMENT = 16  # bytes
 # Of a weight that the next product reads: more would push out of the L2 cache what is needed first.
 _AHEAD_BYTES = 24 * 2**20
@@ -60,13 +61,9 @@ def gated_linear(
 ) -> torch.Tensor:
     many = len(x) >= gated_from and bias is None and norm is None and not profile.deterministic
     many = many and _aligned(x, weight) and _gated_serves(*weight.shape, function, x.device)
-    plan = _plan_of(x, weight, bias) if norm is None and function == "silu" else None
-    if not many and plan is None and not _skinny_serves(x, weight, bias, norm):
+    if not many and not _skinny_serves(x, weight, bias, norm):
         raise Unfused
     out = x.new_empty((x.shape[0], weight.shape[0] // 2))
-    if plan is not None:
-        cuda_stream.product(x, weight, bias, out, plan, epilogue=GATED)
-        return out
     if many:
         gated_gemm(x, weight, function, out)
         return out
@@ -83,10 +80,6 @@ def linear_add(
 ) -> None:
     if _skinny_serves(x, weight, bias, None):
         skinny_gemm(x, weight, bias, residual, epilogue=ADD, ahead=ahead)
-        return
-    plan = _plan_of(x, weight, bias)
-    if plan is not None and cuda_stream.aligned(x, weight, residual):
-        cuda_stream.product(x, weight, bias, residual, plan, epilogue=ADD)
         return
     many = not takes_few_rows(*x.shape) and not profile.deterministic
     if not (many and lt_takes(x, weight) and cuda_lt.add_product(x, weight, bias, residual)):
@@ -179,15 +172,6 @@ def _skinny_serves(
         and _aligned(x, weight)
         and cuda_lt.algorithm_of(cuda_lt.size_of(x, weight, bias)) is None
     )
-
-
-def _plan_of(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> cuda_stream.Plan | None:
-    """How our kernel for the rows between cuts the product, where the search chose it."""
-    if profile.deterministic or not lt_takes(x, weight):
-        return None
-    return cuda_stream.plan_of(cuda_lt.algorithm_of(cuda_lt.size_of(x, weight, bias)))
 
 
 def lt_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:

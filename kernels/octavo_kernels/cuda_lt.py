@@ -1,7 +1,6 @@
 """Products by cuBLASLt, with the algorithm that was found fastest for the size.
 
-What was found is in `found`, by size; `cuda_tune.py` searches. Among the algorithms may stand plans
-of our own kernel for the rows between (`cuda_stream.py`).
+What was found is in `found`, by size; `cuda_tune.py` searches.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import NamedTuple
 import torch
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels import cuda_stream
 from octavo_kernels.native import address, stream_of, type_code
 
 WORKSPACE_BYTES = 32 * 2**20  # what torch gives the library on Hopper
@@ -172,12 +170,6 @@ def run(
     """
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0]))
-    if (plan := cuda_stream.plan_of(algorithm)) is not None:
-        if not cuda_stream.aligned(x, weight, out):
-            return None
-        epilogue = cuda_stream.ADD if add else cuda_stream.STORE
-        cuda_stream.product(x, weight, bias, out, plan, epilogue=epilogue)
-        return out
     done = _cuda.lt_product(
         **_sizes(x, weight, bias, out),
         add=add,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from octavo_kernels import cuda_gemm, cuda_lt, cuda_stream, cuda_tuning_file
+from octavo_kernels import cuda_gemm, cuda_lt, cuda_tuning_file
 from octavo_kernels.cuda_lt import Size
 from octavo_kernels.native import profile
 
@@ -27,7 +27,6 @@ Weight = tuple[torch.Tensor, torch.Tensor | None]  # with its bias
 
 _CANDIDATES = 8
 _CHALLENGERS = 2  # of those, beside the heuristic's first
-_PLANS = 2  # of our kernel for the rows between
 # Shares of the usual choice's time that a challenger, and all that won in a step, may take.
 _MARGIN, _MARGIN_OF_STEP = 0.98, 0.995
 # What our kernel does in passing (norm, gate, sum) takes a kernel of its own beside another's.
@@ -55,9 +54,6 @@ def tune_products(weights: Iterable[Weight], rows: Sequence[int]) -> int:
     device = listed[0][0].device
     if profile.tuning_folder is not None:
         for size, algorithm in cuda_tuning_file.read(profile.tuning_folder, device).items():
-            plan = cuda_stream.plan_of(algorithm)
-            if plan is not None and not cuda_stream.ready(plan, size.rows, device):
-                continue
             if size not in cuda_lt.found:
                 cuda_lt.keep(size, algorithm)
     timed = 0
@@ -105,8 +101,7 @@ def _search(group: list[Weight], rows: int) -> bytes | None:
     ranked = cuda_lt.rank(x, [w for w, _ in cold[:_RANKED]], bias, out, offered)
     order = sorted(range(1, len(offered)), key=ranked.__getitem__)
     order = [i for i in (0, *order[:_CHALLENGERS]) if ranked[i] != float("inf")]
-    plans = cuda_stream.candidates(x, weight, out, count=_PLANS)
-    if not order and not plans:
+    if not order:
         return None
     count = max(1, round(_ROUND_S / max(min(ranked), 1e-6)))
     rotated = list(itertools.islice(itertools.cycle(cold), count))
@@ -119,7 +114,7 @@ def _search(group: list[Weight], rows: int) -> bytes | None:
         for w, b in rotated:
             cuda_lt.run(x, w, b, out, algorithm)
 
-    finalists = [*(offered[i] for i in order), *plans]
+    finalists = [offered[i] for i in order]
     seconds = _in_turns([usual, *(functools.partial(by, a) for a in finalists)])
     if _usual_is_ours(weight, rows):
         for taken in seconds[1:]:

@@ -1,7 +1,7 @@
 """What was found fastest on a kind of GPU, kept for the next start.
 
-One JSON file for each GPU, driver, version of cuBLASLt and set of kernels that was tried. A file
-that cannot be read or written costs a log line, never a start.
+One JSON file for each GPU, driver and version of cuBLASLt. A file that cannot be read or written
+costs a log line, never a start.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 import octavo_kernels._cuda as _cuda
-from octavo_kernels import cuda_stream
 from octavo_kernels.cuda_lt import Size
 
 # Of what is in the file and of how it was found: another's is not used.
@@ -64,9 +63,7 @@ def add(folder: Path, device: torch.device, found: Mapping[Size, bytes | None]) 
 
 
 def _file(folder: Path, device: torch.device) -> Path:
-    rows = cuda_stream.tried_rows
-    tried = f"-stream-{rows.start}-{rows.stop}" if rows else ""
-    return folder / f"products-{_machine(device)}{tried}.json"
+    return folder / f"products-{_machine(device)}.json"
 
 
 @functools.cache

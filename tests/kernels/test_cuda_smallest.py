@@ -19,7 +19,6 @@ import test_cuda_moe as moe
 import test_cuda_persistent as persistent
 import test_cuda_prefill as prefill
 import test_cuda_sampling as sampling
-import test_cuda_stream_gemm as stream
 import torch
 from gpu import needs_gpu_kernels
 
@@ -76,11 +75,6 @@ def gated_products(dtype: torch.dtype) -> None:
         gated.test_gated_products(384, 320, 257, dtype)
 
 
-def shared_products(dtype: torch.dtype, width: int) -> None:
-    """Tiles that are cut and whole, of which the last is mostly empty; two tiles of rows."""
-    stream.test_cuts(576, 192, 5, width, dtype)
-
-
 def layers_in_one(dtype: torch.dtype, dim: int, engine_tokens: int) -> None:
     """Contexts copied a word at a time, or by the copy engine."""
 
@@ -128,8 +122,6 @@ def cases_of(dtype: torch.dtype) -> list:
         for tokens in (0, 1 << 20)
     ]
     if prefill.HOPPER:
-        made += [case("stream_gemm", f"{name} {width}", shared_products, dtype, width)
-                 for width in (32, 64, 128, 192, 256)]  # fmt: skip
         made.append(case("gated_gemm", name, gated_products, dtype))
         made += [case("prefill_warpgroup", f"{name} {dim}", attend_chunks, dim, dtype,
                       warpgroups=True) for dim in (64, 128)]  # fmt: skip

@@ -26,7 +26,7 @@ constexpr int kComputing = 256, kThreads = kComputing + 128;
 [[maybe_unused]] constexpr int kCopyRegisters = 40, kComputeRegisters = 232;
 [[maybe_unused]] constexpr int kReaders = kCluster * kComputing / 32;
 constexpr int kSharedBytes = kStages * (kStageBytes + 16);
-constexpr int kTiles = 2 * kHalf / 8;  // of 8 columns, of a thread's results
+static_assert(kTiles == 2 * kHalf / 8);
 
 struct Task {
   void* out;

@@ -17,7 +17,6 @@ void bind_moe(py::module_& m);
 void bind_persistent(py::module_& m);
 void bind_prefill(py::module_& m);
 void bind_sampling(py::module_& m);
-void bind_stream(py::module_& m);
 void bind_upload(py::module_& m);
 
 }  // namespace octavo::cuda
@@ -34,6 +33,5 @@ PYBIND11_MODULE(_cuda, m) {
   octavo::cuda::bind_persistent(m);
   octavo::cuda::bind_prefill(m);
   octavo::cuda::bind_sampling(m);
-  octavo::cuda::bind_stream(m);
   octavo::cuda::bind_upload(m);
 }
