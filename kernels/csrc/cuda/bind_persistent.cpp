@@ -40,7 +40,7 @@ LayerStack stack_of(int dtype, Address layers, int64_t num_layers, int64_t hidde
   stack.embedding = at<void>(embedding);
   stack.final_norm = at<void>(final_norm);
   stack.head = at<void>(head);
-  stack.engine_tokens = kEngineTokens;
+  stack.engine_tokens = -1;
   return stack;
 }
 

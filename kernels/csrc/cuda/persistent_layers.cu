@@ -194,13 +194,14 @@ int blocks_of(const LayerStack& stack) {
 }
 
 // A model whose blocks wait for each other longer than for memory wants its words to be quick, one
-// with much to read wants memory busy. H100, us a step of one sequence, 2 stages under way, 3, 5
-// and any number: 0.6B (0.24 MB a block and layer) after 600 tokens 592, 597, 602, 596, after 5,000
-// 732, 758, 786, 792; 8B (3.3 MB) after 600 4938, 4758, 4872, 4955.
-int ahead_of(const LayerStack& stack) {
+// with much to read wants memory busy. H100, us a step of one sequence: 0.6B has 0.24 MB a block
+// and layer, 8B 3.3 MB. 2 stages under way, 3, 5 and any number: 0.6B after 600 tokens 558, 562,
+// 563, 565, after 5,000 739, 764, 783, 785; 8B after 600 5012, 4797, 4884, 4952. Short chunks of
+// cached tokens by the copy engine and not: 0.6B after 600 557 and 572; 8B 4802 and 4774, of two
+// sequences 5139 and 5036.
+bool waits_for_words(const LayerStack& stack) {
   const int64_t rows = qkv_columns(stack) + 3 * stack.inner + stack.heads * stack.dim;
-  const int64_t share = rows * stack.hidden * 2 / blocks_of(stack);
-  return share < 2 * device().shared ? kStreaming - 1 : kStreaming;
+  return rows * stack.hidden * 2 / blocks_of(stack) < 2 * device().shared;
 }
 
 Task task_of(const LayerStack& stack, int64_t rows) {
@@ -222,7 +223,11 @@ Task task_of(const LayerStack& stack, int64_t rows) {
   const int besides = Layout(stack, task.num_rows, 0, most_units).bytes;
   task.stages = (device().shared - besides) / Ring::bytes(1, kStageBytes);
   task.at = Layout(stack, task.num_rows, task.stages, most_units);
-  task.ahead = stack.ahead > 0 ? std::min(stack.ahead, task.stages - 1) : ahead_of(stack);
+  const bool quick = waits_for_words(stack);
+  task.ahead = quick ? kStreaming - 1 : kStreaming;
+  if (stack.ahead > 0) task.ahead = std::min(stack.ahead, task.stages - 1);
+  task.engine_tokens = quick ? kEngineTokens : 0;
+  if (stack.engine_tokens >= 0) task.engine_tokens = stack.engine_tokens;
   return task;
 }
 

@@ -12,8 +12,10 @@ namespace octavo::cuda::persistent {
 constexpr int kFillers = 32;
 
 // Stages under way that keep memory busy: behind more of them, the words that blocks wait for would
-// queue for as long as all of those take. Of layers it may be fewer, see ahead_of().
+// queue for as long as all of those take. Of layers it may be fewer, see waits_for_words().
 constexpr int kStreaming = 3;
+// A chunk of more cached tokens is brought by copies of 16 bytes, where words are waited for.
+constexpr int kEngineTokens = 96;
 
 // Where the producer stands: no more stages than `most` are under way at once.
 struct Front {
@@ -164,7 +166,7 @@ __device__ __forceinline__ void produce(const Task& task, const Shared& shared) 
         make_schedule(task, &schedule);
         __syncwarp();
       }
-      const bool by_engine = schedule.chunk <= task.stack.engine_tokens;
+      const bool by_engine = schedule.chunk <= task.engine_tokens;
       for (int i = blockIdx.x; i < schedule.items; i += gridDim.x) {
         const Item item(schedule, task.kv_heads, i);
         bring_tokens<kDim>(task, ring, front, layer, item, by_engine, usual);
