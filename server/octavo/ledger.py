@@ -139,7 +139,8 @@ def activation_bytes(shape: ModelShape, request: Request) -> int:
 def largest_step(shape: ModelShape, request: Request) -> int:
     """Tokens of a step that nobody's next token waits for."""
     each = step_bytes(shape, request, 1)
-    return large_step(request.max_num_batched_tokens, each, request.total_bytes)
+    windows = kv_layout(shape.windows, request.max_model_len).windows
+    return large_step(request.max_num_batched_tokens, each, request.total_bytes, windows)
 
 
 def step_bytes(shape: ModelShape, request: Request, tokens: int) -> int:

@@ -6,6 +6,7 @@ Standard library only; the operator may import this module and nothing else of t
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +130,16 @@ def token_bytes(
     return (2 * hidden_size + widest) * DTYPE_BYTES[dtype]
 
 
-def large_step(tokens: int, bytes_each: int, total_bytes: int) -> int:
-    """Tokens of the largest step where others have up to `tokens`, on a device of so many bytes."""
+def large_step(
+    tokens: int, bytes_each: int, total_bytes: int, windows: Collection[int | None]
+) -> int:
+    """Tokens of the largest step where others have up to `tokens`, on a device of so many bytes.
+
+    `windows` are those of the cache's groups: blocks of one are promised for usual chunks, so with
+    windows there are no larger ones.
+    """
+    if any(window is not None for window in windows):
+        return tokens
     spare = int(LARGE_STEP_SHARE * total_bytes) // (tokens * bytes_each)
     most = max(1, LARGE_STEP_TOKENS // tokens)
     return tokens * min(LARGE_STEPS, most, 1 + spare)

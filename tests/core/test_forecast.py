@@ -140,6 +140,18 @@ def test_a_large_step_was_full_and_no_more():
     assert rates.budget_used == 1
 
 
+def test_steps_of_prompts_alone_say_nothing_about_the_pace_of_decoding():
+    """Nobody's next token waits for them, and large ones take many times what others take."""
+    rates = forecast.StepRates()
+    prompts = StepPlan((share(40, 0), share(3, 2)))
+    rates.observe(prompts, token_budget=10, seconds=0.2)
+    assert rates.decode_tokens_per_s == 0
+    for _ in range(3):
+        rates.observe(StepPlan((share(1, 4),)), token_budget=10, seconds=0.01)
+        rates.observe(prompts, token_budget=10, seconds=0.2)
+        assert rates.decode_tokens_per_s == pytest.approx(100)
+
+
 def test_backlog_is_prompts_and_replays_over_the_measured_rate():
     halfway = sequence(prompt=30, computed=10)
     decoding = sequence(prompt=30, generated=5)

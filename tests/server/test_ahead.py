@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 
 import llama_checkpoints
 import pytest
@@ -19,7 +20,7 @@ from octavo.engine import ahead
 from octavo.engine.model import check_model
 from octavo.engine.runner import Runner
 from octavo.engine.startup import Reporter, start
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo_kernels import ops
 from octavo_kernels.cuda_upload import upload
 
@@ -140,12 +141,36 @@ def test_a_broken_checkpoint_is_named_before_torch_is_there(tmp_path, memory) ->
         ahead.begin(config(folder))
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16"), ("cuda:1", "float32")]
-)
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])
 def test_weights_that_went_elsewhere_are_not_taken(device, dtype, tmp_path, memory) -> None:
     begun = ahead.begin(config(llama_checkpoints.write(tmp_path)))
     assert begun.finish(torch.device(device), dtype, lambda *_: None) is None
+
+
+@pytest.mark.parametrize(("gpu", "begins"), [(0, True), (1, False)])
+def test_a_program_that_chose_another_gpu_keeps_the_first_free(
+    gpu, begins, tmp_path, memory, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu)
+    begun = ahead.begin(config(llama_checkpoints.write(tmp_path)))
+    assert (begun is not None) == begins
+
+
+def test_a_start_that_fails_gives_the_memory_back_at_once(tmp_path, monkeypatch) -> None:
+    """Also while somebody keeps the error, and with it all that its frames hold."""
+    made = []
+
+    def upload(*args):
+        sent = Memory(*args)
+        made.append(weakref.ref(sent))
+        return sent
+
+    monkeypatch.setattr(ahead, "upload", upload)
+    with pytest.raises(ConfigError, match="max-model-len") as kept:
+        start(config(llama_checkpoints.write(tmp_path), max_model_len=10**6), Reporter(lambda _: 0))
+    assert kept.tb is not None
+    assert [sent() for sent in made] == [None]
 
 
 def test_what_goes_wrong_is_left_to_the_ordinary_way(tmp_path, monkeypatch, caplog) -> None:

@@ -89,7 +89,8 @@ def test_large_steps_are_bounded_by_what_they_take_from_the_cache(
         hidden_size=4096, query_size=4096, kv_size=1024, intermediate_size=14336, dtype="bfloat16"
     )
     assert each == 2 * (2 * 4096 + 3 * 14336)
-    assert plan.large_step(tokens, each, total_gib * plan.GIB) == largest
+    assert plan.large_step(tokens, each, total_gib * plan.GIB, (None,)) == largest
+    assert plan.large_step(tokens, each, total_gib * plan.GIB, (None, 512)) == tokens, "as promised"
     assert (largest - tokens) * each <= total_gib * plan.GIB / 100
 
 

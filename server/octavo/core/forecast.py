@@ -58,9 +58,13 @@ class StepRates:
     prefill_seconds: float = 0.0
 
     def observe(self, plan: StepPlan, token_budget: int, seconds: float) -> None:
-        """Count one step that took `seconds`. One of more than `token_budget` tokens was full."""
+        """Count one step that took `seconds`. One of more than `token_budget` tokens was full.
+
+        A step of prompts alone, which may be a large one, tells nothing of the pace of decoding.
+        """
         tokens, prefill = plan.num_tokens, prefill_tokens(plan)
-        self.step_seconds = _mix(self.step_seconds, seconds)
+        if tokens > prefill:
+            self.step_seconds = _mix(self.step_seconds, seconds)
         self.budget_used = _mix(self.budget_used, min(1.0, tokens / token_budget))
         if prefill:
             self.prefill_tokens = _mix(self.prefill_tokens, prefill)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class Ahead:
         `progress` is called with bytes done and bytes in all. To be called once.
         """
         sent, self._upload = self._upload, None
-        if sent is None or dtype != self.dtype or not _is_first_gpu(device):
+        if sent is None or dtype != self.dtype or device.type != "cuda":
             return None
         brought = sum(count for *_, count in self.plan.pieces)
         total = brought + sum(self.model.entries[name].num_bytes for name in self.plan.left)
@@ -96,6 +97,10 @@ class Ahead:
             )
         return parameters
 
+    def close(self) -> None:
+        """End what is under way and nobody took, and give its memory back."""
+        self._upload = None
+
     def _as_tensors(self, sent: Upload, device: torch.device) -> Parameters:
         import torch
 
@@ -108,13 +113,10 @@ class Ahead:
         return found
 
 
-def _is_first_gpu(device: torch.device) -> bool:
-    """Whether it is where uploads go: a program that uses `LLM` may have chosen another."""
-    if device.type != "cuda":
-        return False
-    import torch
-
-    return (torch.cuda.current_device() if device.index is None else device.index) == 0
+def _elsewhere() -> bool:
+    """Whether a program that uses `LLM` has chosen another GPU: then the first is not touched."""
+    chosen = sys.modules.get("torch")
+    return chosen is not None and chosen.cuda.is_available() and chosen.cuda.current_device() != 0
 
 
 def begin(config: EngineConfig) -> Ahead | None:
@@ -122,7 +124,7 @@ def begin(config: EngineConfig) -> Ahead | None:
 
     Raises what is wrong with a native model's folder, as `check_model` does.
     """
-    if config.device == "cpu" or config.load_format == "dummy":
+    if config.device == "cpu" or config.load_format == "dummy" or _elsewhere():
         return None
     folder = Path(config.model)
     if native_family(read_config(folder, config.hf_overrides)) is None:

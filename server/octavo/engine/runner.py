@@ -163,7 +163,8 @@ class Runner:
             dtype=self.dtype_name,
         )
         _, total = torch.cuda.mem_get_info(self.device)
-        return memory_plan.large_step(token_budget(asked, self.device.type), each, total)
+        usual = token_budget(asked, self.device.type)
+        return memory_plan.large_step(usual, each, total, self.kv_windows)
 
     def _load(self, model: CheckedModel, ahead: Ahead | None) -> Model:
         """The model with its weights: those that were on their way, else they are read now."""

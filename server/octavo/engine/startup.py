@@ -135,27 +135,7 @@ def start(
     if config.load_format != "dummy":
         read_ahead(Path(config.model), available_host_bytes() // 2)
     report("import", 0)
-    ahead = begin(config) if runner_spec == RUNNER else None
-    make_runner = _load_attribute(runner_spec)
-    report("check", 0)
-    runner: ModelRunner = make_runner(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        progress=report,
-        num_threads=config.num_threads,
-        seed=config.seed,
-        trust_remote_code=config.trust_remote_code,
-        hf_overrides=config.hf_overrides,
-        load_format=config.load_format,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enforce_eager=config.enforce_eager,
-        deterministic=config.deterministic,
-        ahead=ahead,
-    )
+    runner = _load_model(config, report, runner_spec)
     report("cache", 0)
     limits = _limits(config, runner, offline=offline)
     num_blocks = size_pool(config, runner, limits)
@@ -178,6 +158,35 @@ def start(
     logger.info("started: %s", report.timeline())
     depth = config.pipeline_depth or PIPELINE_DEPTH.get(str(runner.device).split(":")[0], 1)
     return EngineLoop(scheduler, runner, target_itl_s=target_itl_s, depth=depth), ready
+
+
+def _load_model(config: EngineConfig, report: Reporter, runner_spec: str) -> ModelRunner:
+    """The runner with its weights, of which some were on their way before its module was there."""
+    ahead = begin(config) if runner_spec == RUNNER else None
+    try:
+        make_runner = _load_attribute(runner_spec)
+        report("check", 0)
+        return make_runner(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            progress=report,
+            num_threads=config.num_threads,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+            hf_overrides=config.hf_overrides,
+            load_format=config.load_format,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enforce_eager=config.enforce_eager,
+            deterministic=config.deterministic,
+            ahead=ahead,
+        )
+    finally:
+        if ahead is not None:
+            ahead.close()
 
 
 def read_ahead(folder: Path, most_bytes: int) -> threading.Thread:
