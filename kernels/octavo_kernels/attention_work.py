@@ -108,7 +108,8 @@ def attention_work(  # noqa: PLR0913 (sizes, all by name)
         settings=settings,
         windows=different,
         window_sizes=torch.tensor(different, dtype=torch.int32, device=device),
-        chunks=words(len(different), slots, 4),
+        # A block reads the entry of its number while it looks up how many there are.
+        chunks=words(len(different), slots, 4).zero_(),
         counts=words(len(different)),
         ticket=words(1).zero_(),
         arrivals=words(seqs * columns).zero_(),

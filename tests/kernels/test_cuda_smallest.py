@@ -21,6 +21,7 @@ import test_cuda_prefill as prefill
 import test_cuda_sampling as sampling
 import torch
 from gpu import needs_gpu_kernels
+from wide_products import WideProducts
 
 from octavo_kernels import ops
 from octavo_kernels.attention_settings import DecodeSetting
@@ -107,7 +108,7 @@ def case(source: str, name: str, function: Callable[..., None], *args, **named):
 
     def run() -> None:
         ops.calls.clear()  # some count them
-        with ops.forced("cuda"):
+        with ops.forced("cuda"), WideProducts():
             function(*args, **named)
 
     return pytest.param(run, id=f"{source}: {name}")

@@ -97,7 +97,11 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 4 ? 4 : 7)
   const Unit<T> first = scan.load(begin);
   const Sampling& s = p.sampling;
   const Request request = request_of(s, slot_of(s, r), p.logits.vocab);
-  if (request.mode == Mode::kPadding) return;
+  if (request.mode == Mode::kPadding) {
+    // The second kernel reads parts before it knows what their row is.
+    if (part < p.num_parts && threadIdx.x % 32 == 0) p.parts[r * p.num_parts + part] = Part::none();
+    return;
+  }
   if (request.pool_row >= 0) {
     if (threadIdx.x == 0) {
       adjustment = adjustment_of(s.adjustments, request.pool_row, s.count[request.slot]);
@@ -316,7 +320,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) finish_rows(const Problem p
   const bool here = r < p.logits.rows;
   Held& own = held[team];
   const int slot = here ? slot_of(p.sampling, r) : -1;
-  const Part some = here ? some_parts(p, r) : Part::none();  // nonsense where a row is padding
+  const Part some = here ? some_parts(p, r) : Part::none();
   if (threadIdx.x % 32 == 0) parts[team][warp % kTeamWarps] = some;
   const Ending ending = ending_of(p, slot);
   if (member == 0) hold(p, r, slot, own);
