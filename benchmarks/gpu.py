@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sitting import Sitting
+from sitting import Serving, Sitting
 from sitting_parts import BIG, SMALL, Part, measure_ceilings, offline, parts, run_part
 from sitting_table import tables
 
@@ -49,10 +50,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="rows are appended to this file")
-    add("--part", nargs="+", choices=parts(), help="default with --budget: all, in order")
-    add("--budget", type=float, metavar="SECONDS", help="for everything together")
+    add("--part", nargs="+", choices=parts(), help="in this order (with --budget: all)")
+    add("--budget", type=float, metavar="SECONDS", help="for everything; what is beyond is skipped")
     add("--big", default=BIG, metavar="SHAPE", help="a shape or a folder (default %(default)s)")
     add("--small", default=SMALL, metavar="SHAPE", help="likewise (default %(default)s)")
+    usual = Serving()
+    add("--capacity", type=int, default=usual.capacity, metavar="REQUESTS", help="at once")
+    add("--poisson", type=float, default=usual.poisson_s, metavar="SECONDS", help="of arrivals")
+    add("--settle", type=float, default=usual.settle_s, metavar="SECONDS", help="at most")
+    add("--cost", action=argparse.BooleanOptionalAction, default=True, help="of the peer's steps")
+    add("--sharing", default="", metavar="WORDS", help="for sharing_gpu.py, in one string")
     add("--engine", action="append", default=[], help="offline alone, in this order")
     add("--shape", action="append", choices=SHAPES)
     add("--load", nargs="+", choices=WORKLOADS, default=["sharegpt", "single", "prefill"])
@@ -66,10 +73,10 @@ def parse() -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Part]:
-    """The parts that were asked for, in the order of `parts`."""
-    every = parts(args.big, args.small)
+    """The parts that were asked for, in the order in which they are to run."""
+    every = parts(args.big, args.small, cost=args.cost, sharing=shlex.split(args.sharing))
     if args.part or args.budget:
-        return {name: part for name, part in every.items() if name in (args.part or every)}
+        return {name: every[name] for name in args.part or every}
     return {
         f"{engine}-{shape}-{turn}": Part(
             600, 0, partial(offline, engine=engine, shape=shape, loads=args.load)
@@ -89,9 +96,10 @@ def main() -> None:
         stamp = {"sitting": args.sitting, "device": None, "commit": args.commit}
         scratch = args.scratch or default_scratch()
         scratch.mkdir(parents=True, exist_ok=True)
-        sitting = Sitting(args.out, stamp, scratch, args.site, args.requests)
+        serving = Serving(args.capacity, args.poisson, args.settle)
+        sitting = Sitting(args.out, stamp, scratch, args.site, args.requests, serving=serving)
         sitting.rows = [row for row in read(args.out) if row["sitting"] == args.sitting]
-        measure_ceilings(sitting)
+        measure_ceilings(sitting, end)
         for name, part in wanted.items():
             run_part(sitting, name, part, end)
     if args.table is not None:

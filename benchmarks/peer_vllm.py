@@ -13,12 +13,10 @@ import time
 from pathlib import Path
 
 from cost_model import measure_points, rows
-from sitting import MAX_NUM_SEQS, MEMORY
+from sitting import MAX_NUM_SEQS, MEMORY, PASSES, PASSES_S
 
-from octavo.bench.summary import throughput
+from octavo.bench.passes import passes
 from octavo.bench.workloads import Request, draw
-
-REPEAT = 2
 
 
 def main(folder: Path, loads: list[str], max_model_len: int, count: int | None) -> None:
@@ -56,10 +54,8 @@ def main(folder: Path, loads: list[str], max_model_len: int, count: int | None) 
             for found in rows(folder.name, "vllm", "generate", points):
                 print(json.dumps(found), flush=True)
             continue
-        requests = draw(load, vocab_size, count)
-        for repetition in range(REPEAT):
-            seconds = generate(requests)
-            print(json.dumps(throughput(load, repetition, requests, seconds)), flush=True)
+        for row in passes(generate, load, draw(load, vocab_size, count), PASSES, PASSES_S):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = 512
 MEMORY = 0.9
 BLOCK_SIZE = 16
+# Passes over a workload offline at most, and their seconds; see `octavo.bench.passes`.
+PASSES, PASSES_S = 10, 8.0
 
 # A peer's package is found here and calls nobody; its own build of a sampler needs a compiler.
 _QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
@@ -61,6 +63,17 @@ class Model:
         return int(self.config["vocab_size"])
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What servers get: `capacity` requests at once, then `poisson_s` seconds of arrivals. One that
+    goes on preparing after its first token is waited for, `settle_s` seconds at most.
+    """
+
+    capacity: int = 700
+    poisson_s: float = 45.0
+    settle_s: float = 40.0
+
+
 @dataclass
 class Sitting:
     """Where rows go, and what each says of its origin. `ceilings` is None where unmeasured."""
@@ -72,6 +85,7 @@ class Sitting:
     requests: int | None = None  # of each workload; None: as many as it has
     deadline: float = float("inf")  # of the running part, by time.perf_counter
     ceilings: Ceilings | None = None
+    serving: Serving = Serving()
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sitting import MAX_NUM_SEQS, Model, PartError, Sitting, elapsed
+from sitting import MAX_NUM_SEQS, PASSES, PASSES_S, Model, PartError, Sitting, elapsed
 from sitting_serve import cold_start, under_load
 
 from octavo.bench.limits import Ceilings, least_seconds
@@ -34,11 +34,10 @@ class Part:
     run: Callable[[Sitting], Rows]
 
 
-def offline(sitting: Sitting, engine: str, shape: str, loads: list[str], repeat: int = 2) -> Rows:
-    """One engine over some workloads without HTTP; `repeat` passes, of a peer always two."""
+def offline(sitting: Sitting, engine: str, shape: str, loads: list[str]) -> Rows:
+    """One engine over some workloads without HTTP."""
     model = Model.of(shape, sitting.scratch)
     words = offline_command(engine, model, loads, sitting.requests)
-    words += ["--repeat", str(repeat)] if engine == "octavo" else []
     own = {"engine": engine, "version": None, "shape": model.name}
     for row in sitting.run(words, peer=engine == "vllm"):
         own["version"] = row.get("version", own["version"])
@@ -53,7 +52,8 @@ def offline_command(engine: str, model: Model, loads: list[str], requests: int |
         return [
             sys.executable, "-m", "octavo.cli", "bench", "offline", _ours(model),
             "--workload", *loads, "--max-model-len", length, "--max-num-seqs", str(MAX_NUM_SEQS),
-            "--dtype", "bfloat16", *(["--requests", *count] if count else []),
+            "--dtype", "bfloat16", "--repeat", str(PASSES), "--seconds", str(PASSES_S),
+            *(["--requests", *count] if count else []),
         ]  # fmt: skip
     peer = HERE / f"peer_{engine}.py"
     return [sys.executable, str(peer), str(model.folder), ",".join(loads), length, *count]
@@ -71,7 +71,7 @@ def measurement(row: dict[str, Any], model: Model, sitting: Sitting) -> dict[str
     if row["metric"] != "offline":
         return {"metric": row["metric"], "value": row.get("s"), "detail": row}
     figure = FIGURE.get(row["load"], "out_tok_s")
-    found = {name: row[name] for name in ("load", "rep", "digest", "s")}
+    found = {name: row[name] for name in ("load", "rep", "digest", "s", "step_ms") if name in row}
     found |= {"metric": figure, "value": row[figure], "limit": None}
     if sitting.ceilings is not None:
         requests = draw(row["load"], model.vocab_size, row["requests"])
@@ -104,9 +104,14 @@ def weights(sitting: Sitting, shape: str) -> Rows:
         yield from script(sitting, "sitting_weights.py", shape, str(sitting.scratch / shape))
 
 
-def parts(big: str = BIG, small: str = SMALL) -> dict[str, Part]:
-    """All parts, in the order in which they run."""
-    vllm_big = [*BIG_LOADS, "cost"]
+def parts(
+    big: str = BIG, small: str = SMALL, *, cost: bool = True, sharing: Sequence[str] = ()
+) -> dict[str, Part]:
+    """All parts, those of both engines first, so that who is interrupted loses what is ours alone.
+
+    `cost`: whether `vllm-8b` measures what steps cost, too. `sharing`: the words of its script.
+    """
+    vllm_big = [*BIG_LOADS, "cost"] if cost else BIG_LOADS
 
     def of(
         box_s: float, least_s: float, run: Callable[..., Rows], *words: Any, **named: Any
@@ -114,21 +119,23 @@ def parts(big: str = BIG, small: str = SMALL) -> dict[str, Part]:
         return Part(box_s, least_s, lambda sitting: run(sitting, *words, **named))
 
     return {
-        "octavo-8b": of(130, 50, offline, "octavo", big, BIG_LOADS),
-        "octavo-0.6b": of(60, 25, offline, "octavo", small, SMALL_LOADS),
-        "transformers": of(90, 40, offline, "transformers", big, ["sharegpt"]),
+        "octavo-8b": of(150, 70, offline, "octavo", big, BIG_LOADS),
+        "octavo-0.6b": of(70, 35, offline, "octavo", small, SMALL_LOADS),
         "weights": of(60, 15, weights, big),
-        "vllm-8b": of(270, 120, offline, "vllm", big, vllm_big),
-        "vllm-0.6b": of(160, 80, offline, "vllm", small, SMALL_LOADS),
-        "serve-vllm": of(250, 140, serve, "vllm", big, 0),
-        "cold-octavo": of(40, 12, serve, "octavo", big, 0, loaded=False),
-        "serve-octavo": of(150, 80, serve, "octavo", big, 1),
-        "octavo-8b-again": of(100, 40, offline, "octavo", big, BIG_LOADS, 1),
-        "octavo-0.6b-again": of(50, 20, offline, "octavo", small, SMALL_LOADS, 1),
+        "vllm-8b": of(320 if cost else 270, 150, offline, "vllm", big, vllm_big),
+        "vllm-0.6b": of(170, 100, offline, "vllm", small, SMALL_LOADS),
+        "serve-vllm": of(250, 150, serve, "vllm", big, 0),
+        "serve-octavo": of(150, 70, serve, "octavo", big, 0),
+        "cold-octavo": of(40, 10, serve, "octavo", big, 1, loaded=False),
+        "sharing": of(60, 20, script, "sharing_gpu.py", "--model", small, *sharing),
+        "sharing-8b": of(90, 30, script, "sharing_gpu.py", "--model", big, *sharing),
         "idle": of(60, 25, script, "idle.py", "--model", big),
-        "sharing": of(90, 20, script, "sharing_gpu.py", "--model", small),
-        "cost-octavo": of(80, 30, script, "cost_model.py", "--model", big),
-        "serve-octavo-again": of(150, 80, serve, "octavo", big, 2),
+        "cost-octavo": of(80, 40, script, "cost_model.py", "--model", big),
+        "cold-vllm": of(130, 60, serve, "vllm", big, 1, loaded=False),
+        "octavo-0.6b-again": of(70, 35, offline, "octavo", small, SMALL_LOADS),
+        "octavo-8b-again": of(150, 70, offline, "octavo", big, BIG_LOADS),
+        "transformers": of(90, 40, offline, "transformers", big, ["sharegpt"]),
+        "serve-octavo-again": of(150, 70, serve, "octavo", big, 2),
     }
 
 
@@ -155,7 +162,7 @@ def run_part(sitting: Sitting, name: str, part: Part, end: float) -> None:
     sitting.append(own | took)
 
 
-def measure_ceilings(sitting: Sitting) -> None:
+def measure_ceilings(sitting: Sitting, end: float = float("inf")) -> None:
     """Copy bandwidth (bytes read and written) and the rate of a large bf16 product.
 
     Once a sitting: a later call takes what an earlier one found.
@@ -164,7 +171,7 @@ def measure_ceilings(sitting: Sitting) -> None:
     if known:
         _use(sitting, known[0])
         return
-    sitting.deadline = time.perf_counter() + 60
+    sitting.deadline = min(end, time.perf_counter() + 60)
     try:
         found = next(sitting.run([sys.executable, str(HERE / "ceilings.py")]))
     except (PartError, StopIteration) as error:

@@ -53,14 +53,14 @@ def markdown(columns: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
 
 
 def spread(found: Sequence[float]) -> str:
-    """The median, and from the least to the most where there are several."""
+    """The median; where there are several also the least, the most and how many."""
     if not found:
         return "–"
     middle = statistics.median(found)
     digits = 0 if middle >= 1000 else 1 if middle >= 100 else 2
     text = f"{middle:,.{digits}f}"
     if len(found) > 1:
-        text += f" ({min(found):,.{digits}f}–{max(found):,.{digits}f})"
+        text += f" ({min(found):,.{digits}f}–{max(found):,.{digits}f}; {len(found)})"
     return text
 
 

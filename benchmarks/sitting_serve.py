@@ -39,16 +39,18 @@ NAME = "m"
 HOST = "127.0.0.1"
 POLL_S = 0.05
 STOP_S = 15.0
-# All at once, with as many as a batch holds and more behind them.
-CAPACITY_REQUESTS = 700
 WARM_UP_REQUESTS = 64
-# Ours goes on capturing graphs in idle moments after its first token.
-SETTLE_S = {"octavo": 25.0}
-POISSON_S = 45.0
+# Ours goes on capturing graphs in idle moments after its first token; then its log says this.
+PREPARED = {"octavo": "prepared for every size of step"}
 POISSON_SEED = 11
+# A Poisson load that is cut to less than this share of its time is none.
+LEAST_SHARE = 1 / 3
+# For the last answers of a Poisson load.
+LAST_ANSWERS_S = 20.0
 SHARE_OF_CAPACITY = 0.7
 # An answer that takes longer has failed.
 ANSWER_S = 90.0
+LEAST_ANSWER_S = 10.0
 # What a peer's log says of its start.
 _PHASES = re.compile(
     r"(Model loading took .*|torch\.compile took .*|Graph capturing finished .*|init engine .*)"
@@ -111,7 +113,18 @@ class Server:
 
     def target(self, left_s: float) -> Target:
         """Where a load goes; an answer that is not there in `left_s` seconds has failed."""
-        return Target(f"http://{HOST}:{self._port}", NAME, min(ANSWER_S, max(10.0, left_s)))
+        if left_s < LEAST_ANSWER_S:
+            raise PartError(f"{max(0.0, left_s):.0f} s are left, too few for a load")
+        return Target(f"http://{HOST}:{self._port}", NAME, min(ANSWER_S, left_s))
+
+    def says(self, word: str, limit_s: float) -> bool:
+        """Wait until it stands in the log, at most so many seconds; whether it does."""
+        end = time.perf_counter() + limit_s
+        while word not in self._log.read_text(errors="replace"):
+            if time.perf_counter() > end or self._process.poll() is not None:
+                return False
+            time.sleep(POLL_S)
+        return True
 
     def first_token(self, limit_s: float) -> float:
         """Seconds from the process's start to the first token that came over HTTP."""
@@ -179,16 +192,18 @@ def under_load(sitting: Sitting, engine: str, model: Model, rep: int) -> Iterato
     with start(sitting, engine, model) as server:
         yield _first_token(server, engine, rep, sitting.left)
         _allow_many_sockets()
-        time.sleep(SETTLE_S.get(engine, 0.0))
+        if engine in PREPARED:
+            yield _prepared(server, engine, rep, min(sitting.serving.settle_s, sitting.left))
         warm_up = draw("sharegpt", model.vocab_size, WARM_UP_REQUESTS, seed=1)
         run_load(server.target(sitting.left), warm_up, _AT_ONCE)
-        most = CAPACITY_REQUESTS if sitting.requests is None else sitting.requests
+        most = sitting.serving.capacity if sitting.requests is None else sitting.requests
         yield from _load(server.target(sitting.left), engine, model, _AT_ONCE, most, rep)
         rate, origin = poisson_rate(sitting.rows)
-        seconds = min(POISSON_S, sitting.left - 25)
+        wanted = sitting.serving.poisson_s
+        seconds = min(wanted, sitting.left - LAST_ANSWERS_S)
         if sitting.requests is not None:
             seconds = min(seconds, sitting.requests / rate)
-        if seconds < POISSON_S / 3 and sitting.requests is None:
+        elif seconds < LEAST_SHARE * wanted:
             raise PartError(f"{sitting.left:.0f} s are left, too few for a load of its own")
         target = server.target(sitting.left - seconds)
         count = poisson_count(sitting.rows, max(1, round(rate * seconds)))
@@ -207,6 +222,17 @@ def _first_token(server: Server, engine: str, rep: int, limit_s: float) -> dict[
     return {
         "engine": engine, "load": "cold-start", "rep": rep, "metric": "first_token_s",
         "value": round(seconds, 3), "limit": None, "detail": {"phases": server.phases()},
+    }  # fmt: skip
+
+
+def _prepared(server: Server, engine: str, rep: int, limit_s: float) -> dict[str, Any]:
+    """Seconds from the first token until nothing is left to prepare; None where it took longer."""
+    begin = time.perf_counter()
+    said = server.says(PREPARED[engine], limit_s)
+    seconds = round(time.perf_counter() - begin, 2) if said else None
+    return {
+        "engine": engine, "load": "cold-start", "rep": rep, "metric": "prepared_s",
+        "value": seconds, "limit": None,
     }  # fmt: skip
 
 

@@ -118,8 +118,8 @@ def _machine(rows: Rows) -> str:
 
 def _claims(rows: Rows) -> str:
     lines = [
-        "| workload | octavo, of the limit | peer, of the limit | ratio (least–most) | first bar "
-        "| goal | met |",
+        "| workload | octavo: median (least–most; passes), of the limit | peer "
+        "| ratio (least–most) | first bar | goal | met |",
         "|---|---|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
@@ -179,7 +179,7 @@ def _engines(rows: Rows) -> str:
                 limits[key] = row["limit"]
     if not found:
         return ""
-    lines = ["| shape | load | metric | engine | median (min–max) | limit | share |"]
+    lines = ["| shape | load | metric | engine | median (least–most; passes) | limit | share |"]
     lines.append("|---|" + "---|" * 6)
     for key, engines in sorted(found.items()):
         for engine, each in engines.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import sitting_parts
 import sitting_serve
 import torch
 import transformers
-from sitting import Model, PartError, Sitting, json_lines
+from sitting import Model, PartError, Serving, Sitting, json_lines
 from sitting_parts import Part, Rows, run_part
 from sitting_serve import (
     Server,
@@ -29,6 +31,7 @@ from sitting_table import CLAIMS, ratio, table, tables
 from sitting_weights import shards, write_weights
 
 from octavo.checkpoint import read_checkpoint
+from octavo.engine.process import PREPARED
 from octavo.engine.runner import Runner
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
@@ -43,7 +46,9 @@ FAKE = ROOT / "tests/support/serve_with_fake_engine.py"
 def sitting(tmp_path: Path) -> Sitting:
     stamp = {"sitting": "s", "device": None, "commit": "c"}
     limit = time.perf_counter() + 60
-    return Sitting(tmp_path / "rows", stamp, tmp_path, requests=5, deadline=limit)
+    serving = Serving(settle_s=0.1)
+    rows = tmp_path / "rows"
+    return Sitting(rows, stamp, tmp_path, requests=5, deadline=limit, serving=serving)
 
 
 def python(code: str) -> list[str]:
@@ -117,8 +122,27 @@ def test_a_part_has_what_is_left_of_the_budget(sitting: Sitting) -> None:
     assert left == [pytest.approx(50, abs=1), pytest.approx(20, abs=1)]
 
 
-def test_scripts_name_only_parts_that_there_are() -> None:
-    assert list(sitting_parts.parts())[:2] == ["octavo-8b", "octavo-0.6b"]
+def test_what_is_for_both_engines_comes_before_what_is_ours_alone() -> None:
+    names = list(sitting_parts.parts())
+    alone = min(names.index(name) for name in names if name.startswith(("cold", "sharing", "idle")))
+    assert set(names[:alone]) == {"weights"} | {
+        f"{what}-{who}"
+        for what, who in (
+            *itertools.product(("octavo", "vllm"), ("8b", "0.6b")),
+            *itertools.product(("serve",), ("octavo", "vllm")),
+        )
+    }
+    assert names.index("serve-vllm") < names.index("serve-octavo")  # whose rate is the other's
+
+
+def test_parts_run_in_the_order_in_which_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))
+    words = ["--out", "x", "--part", "idle", "octavo-8b", "--no-cost", "--sharing", "--kind beam"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+    assert list(script["chosen"](script["parse"]())) == ["idle", "octavo-8b"]
+
+
+def test_the_readme_names_all_parts() -> None:
     readme = (ROOT / "benchmarks/README.md").read_text()
     assert all(f"`{name}`" in readme for name in sitting_parts.parts())
 
@@ -128,7 +152,7 @@ def test_scripts_name_only_parts_that_there_are() -> None:
 
 @pytest.fixture
 def fake_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours, and one in the peer's place that is twice as slow; no settling."""
+    """Ours, and one in the peer's place that is twice as slow."""
 
     def command(step_ms: str) -> Any:
         def words(model: Model, port: int) -> list[str]:
@@ -140,7 +164,6 @@ def fake_servers(monkeypatch: pytest.MonkeyPatch) -> None:
         return words
 
     monkeypatch.setattr(sitting_serve, "COMMANDS", {"octavo": command("0.5"), "vllm": command("2")})
-    monkeypatch.setattr(sitting_serve, "SETTLE_S", {})
     monkeypatch.setattr(sitting_serve, "WARM_UP_REQUESTS", 2)
 
 
@@ -153,6 +176,8 @@ def test_two_servers_get_the_same_load_at_the_peers_rate(
             sitting.append({"shape": "llama-8b"} | row)
     first = [row for row in sitting.rows if row["metric"] == "first_token_s"]
     assert all(0 < row["value"] < 30 for row in first)
+    (prepared,) = (row for row in sitting.rows if row["metric"] == "prepared_s")
+    assert (prepared["engine"], prepared["value"]) == ("octavo", None)  # a fake has no graphs
     peer, ours = ([r for r in sitting.rows if r["engine"] == e] for e in ("vllm", "octavo"))
     capacity = next(r for r in peer if r["load"] == "capacity" and r["metric"] == "req_s")
     for rows in (peer, ours):
@@ -163,6 +188,14 @@ def test_two_servers_get_the_same_load_at_the_peers_rate(
         assert {"tpot_p99_ms", "ttft_p50_ms", "gap_p90_ms"} <= {row["metric"] for row in loaded}
     assert len({row["digest"] for row in sitting.rows if row["load"] == "poisson"}) == 1
     assert "| goal |" in table(sitting.rows)  # half the peer's time per token
+
+
+def test_a_server_is_waited_for_until_its_log_says_that_it_is_prepared(tmp_path: Path) -> None:
+    code = f"import time; time.sleep(0.3); print({PREPARED!r}, flush=True); time.sleep(60)"
+    with Server(python(code), free_port(), dict(os.environ), tmp_path / "log") as server:
+        begin = time.perf_counter()
+        assert server.says(sitting_serve.PREPARED["octavo"], 20)
+        assert time.perf_counter() - begin < 10
 
 
 def test_a_cold_start_is_timed_by_phase(sitting: Sitting, fake_servers: None) -> None:
@@ -180,6 +213,9 @@ def test_a_server_that_ends_early_or_never_answers_is_no_measurement(tmp_path: P
     with Server(python("import time; time.sleep(60)"), free_port(), env, tmp_path / "b") as server:
         with pytest.raises(PartError, match="no token within 1 s"):
             server.first_token(1)
+        assert not server.says("prepared", 0.1)
+        with pytest.raises(PartError, match="4 s are left, too few"):
+            server.target(4.0)
 
 
 def test_the_rate_is_the_peers_and_else_our_own() -> None:
@@ -256,7 +292,7 @@ def test_verdicts_follow_the_medians() -> None:
     text = table(rows)
     assert "| 1.21 (1.20–1.22) | ≥ 1 | ≥ 1.3 | bar |" in text
     assert "| ≤ 12 | ≤ 6 | **missed** |" in text
-    assert "| octavo | 121.0 (120.0–122.0) | 200 | 60% |" in text
+    assert "| octavo | 121.0 (120.0–122.0; 2) | 200 | 60% |" in text
     lower = next(claim for claim in CLAIMS if claim.metric == "tpot_p99_ms")
     assert lower.met(0.8, lower.goal)
     assert not lower.met(1.1, lower.bar)

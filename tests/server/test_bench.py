@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 import threading
@@ -14,6 +15,7 @@ from aiohttp import web
 
 from octavo.bench.limits import Ceilings, least_seconds
 from octavo.bench.load import Target, arrivals, run_load
+from octavo.bench.passes import WARM_UP_TOKENS, passes
 from octavo.bench.summary import Timeline, percentile, summarize
 from octavo.bench.workloads import SHAPES, Request, digest, draw, write_shape, write_tokenizer
 from octavo.cli import main
@@ -211,11 +213,33 @@ def test_the_command_runs_a_model_offline(capsys: pytest.CaptureFixture[str]) ->
     words = ["bench", "offline", str(MODEL), "--workload", "alpaca", "--requests", "4"]
     words += ["--repeat", "1", "--num-kv-blocks", "400", "--device", "cpu"]
     assert main(words) == ExitCode.OK
-    start, offline = map(json.loads, capsys.readouterr().out.splitlines())
-    assert start["metric"] == "start"
+    start, warm_up, offline = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (start["metric"], warm_up["metric"]) == ("start", "warm_up")
     assert offline["requests"] == 4
     assert offline["out_tok_s"] > 0
+    assert 0 < offline["step_ms"]["p50"] <= offline["step_ms"]["max"] < 1e3 * offline["s"]
     assert main([*words, "--repeat", "0"]) == ExitCode.CONFIG
+    assert main([*words, "--seconds", "-1"]) == ExitCode.CONFIG
+
+
+@pytest.mark.parametrize(
+    ("each", "most", "seconds", "taken"),
+    [(0.2, 10, 8.0, 10), (1.5, 10, 8.0, 6), (20.0, 10, 8.0, 2), (20.0, 1, 8.0, 1)],
+)
+def test_short_passes_are_taken_more_often_and_the_warm_up_is_none(
+    each: float, most: int, seconds: float, taken: int
+) -> None:
+    drawn: list[int] = []
+
+    def generate(requests: list[Request]) -> float:
+        drawn.append(sum(r.output for r in requests))
+        return each
+
+    rows = list(passes(generate, "x", [Request([1], 100), Request([1], 7)], most, seconds))
+    gc.unfreeze()
+    assert drawn == [WARM_UP_TOKENS + 7] + [107] * taken
+    assert [row.get("rep") for row in rows] == [None, *range(taken)]
+    assert all("out_tok_s" not in row for row in rows[:1])
 
 
 def test_a_shape_has_a_tokenizer_that_streams_text(tmp_path: Path) -> None:

@@ -35,7 +35,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_offline_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workload", nargs="+", choices=WORKLOADS, default=["sharegpt"])
-    add("--repeat", type=int, default=2, metavar="N", help="passes (default %(default)s)")
+    add("--repeat", type=int, default=2, metavar="N", help="passes at most (default %(default)s)")
+    add(
+        "--seconds", type=float, default=float("inf"), metavar="S",
+        help="of each workload's passes, of which there are two all the same (default: no bound)",
+    )  # fmt: skip
     add("--temperature", type=float, default=1.0)
     add("--device", choices=DEVICES, default="auto")
     add("--dtype", choices=DTYPES, default="auto")
@@ -66,7 +70,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def _offline(args: argparse.Namespace) -> int:
     from octavo.bench.offline import check_count, run_offline  # heavy: torch
 
-    check_count(args.requests, args.repeat)
+    check_count(args.requests, args.repeat, args.seconds)
     options = {
         name: getattr(args, name)
         for name in (
@@ -80,6 +84,7 @@ def _offline(args: argparse.Namespace) -> int:
         args.workload,
         count=args.requests,
         repeat=args.repeat,
+        seconds=args.seconds,
         temperature=args.temperature,
         options=options,
     )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from octavo import __version__
-from octavo.bench.summary import throughput
+from octavo.bench.passes import passes
+from octavo.bench.summary import spread
 from octavo.bench.workloads import SHAPES, Request, draw, write_shape
 from octavo.errors import ConfigError, OctavoError
 from octavo.llm import LLM
 from octavo.params import SamplingParams
+from octavo.wire import TokenOutput
 
 
 def run_offline(
@@ -22,10 +25,12 @@ def run_offline(
     *,
     count: int | None = None,
     repeat: int = 2,
+    seconds: float = float("inf"),
     temperature: float = 1.0,
     options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """One row for the start and one for each repetition of each workload.
+    """One row for the start, and those of `passes` for each workload: `repeat` at most, two where
+    they take longer than `seconds`.
 
     `model` is a folder or one of `SHAPES` (random weights). `options` go to `LLM` as they are.
     """
@@ -45,11 +50,37 @@ def run_offline(
         "version": __version__,
     }
     _generate(llm, draw("uniform", llm.vocab_size, 16, seed=1), temperature)
+    steps = _StepTimes(llm)
     for name in workloads:
         requests = draw(name, llm.vocab_size, count)
-        for repetition in range(repeat):
-            seconds = _generate(llm, requests, temperature)
-            yield throughput(name, repetition, requests, seconds)
+        taken = passes(
+            partial(_generate, llm, temperature=temperature), name, requests, repeat, seconds
+        )
+        for row in taken:
+            yield row | {"step_ms": steps.take()}
+
+
+class _StepTimes:
+    """What each step of an engine takes, so that a slow pass shows whether one was or all were."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._seconds: list[float] = []
+        loop: Any = llm._loop
+        step = loop.step
+
+        def timed() -> list[TokenOutput]:
+            begin = time.perf_counter()
+            found: list[TokenOutput] = step()
+            self._seconds.append(time.perf_counter() - begin)
+            return found
+
+        loop.step = timed
+
+    def take(self) -> dict[str, float]:
+        """Percentiles in milliseconds since the last call."""
+        found = spread(self._seconds)
+        self._seconds.clear()
+        return found
 
 
 def _generate(llm: LLM, requests: Sequence[Request], temperature: float) -> float:
@@ -73,9 +104,11 @@ def _generate(llm: LLM, requests: Sequence[Request], temperature: float) -> floa
     return seconds
 
 
-def check_count(count: int | None, repeat: int) -> None:
+def check_count(count: int | None, repeat: int, seconds: float) -> None:
     """Refuse numbers that measure nothing."""
     if count is not None and count < 1:
         raise ConfigError(f"--requests must be 1 or more, got {count}")
     if repeat < 1:
         raise ConfigError(f"--repeat must be 1 or more, got {repeat}")
+    if not seconds >= 0:
+        raise ConfigError(f"--seconds must be 0 or more, got {seconds:g}")

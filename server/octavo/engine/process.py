@@ -27,6 +27,8 @@ BUSY_LOAD_S = 0.05
 IDLE_LOAD_S = 1.0
 LINGER_MS = 2000
 PR_SET_PDEATHSIG = 1
+# What the log says when no idle moment will be used for graphs any more.
+PREPARED = "prepared for every size of step"
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +136,8 @@ class Server:
         """Prepare one kind of step, or go on with the check of the books by one short turn."""
         if self._preparing:
             self._preparing = self._loop.prepare_one()
+            if not self._preparing:
+                logger.info(PREPARED)
         elif self._audit is not None and next(self._audit, True):
             self._audit = None
 
