@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sitting import Serving, Sitting
-from sitting_parts import BIG, SMALL, Part, measure_ceilings, offline, parts, run_part
+from sitting_parts import BIG, SMALL, Part, measure_ceilings, measured, offline, parts, run_part
 from sitting_table import tables
 
 from octavo.bench.workloads import SHAPES, WORKLOADS
@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     add("--budget", type=float, metavar="SECONDS", help="for everything; what is beyond is skipped")
     add("--big", default=BIG, metavar="SHAPE", help="a shape or a folder (default %(default)s)")
     add("--small", default=SMALL, metavar="SHAPE", help="likewise (default %(default)s)")
+    add("--once", action="store_true", help="not what the sitting has measured in an earlier call")
     usual = Serving()
     add("--capacity", type=int, default=usual.capacity, metavar="REQUESTS", help="at once")
     add("--poisson", type=float, default=usual.poisson_s, metavar="SECONDS", help="of arrivals")
@@ -100,8 +101,10 @@ def main() -> None:
         sitting = Sitting(args.out, stamp, scratch, args.site, args.requests, serving=serving)
         sitting.rows = [row for row in read(args.out) if row["sitting"] == args.sitting]
         measure_ceilings(sitting, end)
+        done = measured(sitting.rows) if args.once else set()
         for name, part in wanted.items():
-            run_part(sitting, name, part, end)
+            if name not in done:
+                run_part(sitting, name, part, end)
     if args.table is not None:
         print(tables([r for r in read(args.out) if r["sitting"] in args.table or not args.table]))
 

@@ -59,6 +59,11 @@ def offline_command(engine: str, model: Model, loads: list[str], requests: int |
     return [sys.executable, str(peer), str(model.folder), ",".join(loads), length, *count]
 
 
+def _word(shape: str) -> str:
+    """A shape by name; a folder whichever is the folder of who reads it."""
+    return shape if shape in SHAPES else str(Path(shape).resolve())
+
+
 def _ours(model: Model) -> str:
     """A shape by name, which has random weights; a folder has its own."""
     return model.name if model.name in SHAPES else str(model.folder)
@@ -113,6 +118,8 @@ def parts(
     """
     vllm_big = [*BIG_LOADS, "cost"] if cost else BIG_LOADS
 
+    big_word, small_word = _word(big), _word(small)
+
     def of(
         box_s: float, least_s: float, run: Callable[..., Rows], *words: Any, **named: Any
     ) -> Part:
@@ -127,10 +134,10 @@ def parts(
         "serve-vllm": of(250, 150, serve, "vllm", big, 0),
         "serve-octavo": of(150, 70, serve, "octavo", big, 0),
         "cold-octavo": of(40, 10, serve, "octavo", big, 1, loaded=False),
-        "sharing": of(60, 20, script, "sharing_gpu.py", "--model", small, *sharing),
-        "sharing-8b": of(90, 30, script, "sharing_gpu.py", "--model", big, *sharing),
-        "idle": of(60, 25, script, "idle.py", "--model", big),
-        "cost-octavo": of(80, 40, script, "cost_model.py", "--model", big),
+        "sharing": of(60, 20, script, "sharing_gpu.py", "--model", small_word, *sharing),
+        "sharing-8b": of(90, 30, script, "sharing_gpu.py", "--model", big_word, *sharing),
+        "idle": of(60, 25, script, "idle.py", "--model", big_word),
+        "cost-octavo": of(80, 40, script, "cost_model.py", "--model", big_word),
         "cold-vllm": of(130, 60, serve, "vllm", big, 1, loaded=False),
         "octavo-0.6b-again": of(70, 35, offline, "octavo", small, SMALL_LOADS),
         "octavo-8b-again": of(150, 70, offline, "octavo", big, BIG_LOADS),
@@ -160,6 +167,12 @@ def run_part(sitting: Sitting, name: str, part: Part, end: float) -> None:
         sitting.append(own | {"metric": "failed", "value": None, "limit": None, "why": why})
     took["value"] = took.pop("s", round(time.perf_counter() - begin, 2))
     sitting.append(own | took)
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """The parts of a sitting that came to their end."""
+    failed = {row["part"] for row in rows if row["metric"] == "failed"}
+    return {row["part"] for row in rows if row["metric"] == "part"} - failed
 
 
 def measure_ceilings(sitting: Sitting, end: float = float("inf")) -> None:

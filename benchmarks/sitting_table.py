@@ -213,8 +213,10 @@ def _others(rows: Rows) -> str:
 
 
 def _failures(rows: Rows) -> str:
+    """What failed, and what was skipped and not made up for."""
+    ended = {row["part"] for row in rows if row["metric"] == "part"}
     return "\n".join(
         f"- **{row['metric']}** {row['part']}: {' '.join(str(row.get('why')).split())[-300:]}"
         for row in rows
-        if row["metric"] in ("failed", "skipped")
+        if row["metric"] == "failed" or (row["metric"] == "skipped" and row["part"] not in ended)
     )

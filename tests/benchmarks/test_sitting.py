@@ -18,7 +18,7 @@ import sitting_serve
 import torch
 import transformers
 from sitting import Model, PartError, Serving, Sitting, json_lines
-from sitting_parts import Part, Rows, run_part
+from sitting_parts import Part, Rows, measured, run_part
 from sitting_serve import (
     Server,
     cold_start,
@@ -108,6 +108,27 @@ def test_a_part_that_fails_keeps_its_rows_and_the_rest_goes_on(sitting: Sitting)
     assert "lost the device" in rows[1]["why"]
     assert "needs 200" in rows[3]["why"]
     assert all(row["sitting"] == "s" for row in rows)
+
+
+def test_what_was_skipped_or_failed_is_yet_to_be_measured(sitting: Sitting) -> None:
+    def good(_: Sitting) -> Rows:
+        yield {"metric": "m", "value": 1}
+
+    def bad(_: Sitting) -> Rows:
+        raise PartError("no room")
+        yield {}
+
+    end = time.perf_counter() + 100
+    for name, run in (("a", good), ("b", bad)):
+        run_part(sitting, name, Part(10, 1, run), end)
+    for name in ("c", "d"):
+        run_part(sitting, name, Part(10, 200, good), end)
+    assert measured(sitting.rows) == {"a"}
+    assert "**skipped** c" in table(sitting.rows)
+    run_part(sitting, "c", Part(10, 1, good), end)
+    assert measured(sitting.rows) == {"a", "c"}
+    assert "**skipped** c" not in table(sitting.rows)
+    assert "**skipped** d" in table(sitting.rows)
 
 
 def test_a_part_has_what_is_left_of_the_budget(sitting: Sitting) -> None:
