@@ -41,6 +41,11 @@ def test_the_crd_is_structural_and_established(cluster: Kube) -> None:
     assert conditions.get("NonStructuralSchema", "False") == "False"
 
 
+def test_what_is_not_served_yet_is_not_there(kube: Kube) -> None:
+    """Such a path is answered in plain text: a group's, in the moment after its first CRD."""
+    assert kube.get("/apis/nobody.octavo.dev", "v1") is None
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_examples_are_accepted(kube: Kube, path: Path) -> None:
     kube.create(LLMSERVICES, yaml.safe_load(path.read_text()))

@@ -48,6 +48,14 @@ class ApiError(Exception):
         self.status, self.message = status, message
 
 
+def _message(data: bytes) -> str:
+    """What an error says: a Status, or plain text where no API is served at a path yet."""
+    try:
+        return str(json.loads(data)["message"])
+    except ValueError:
+        return data.decode().strip()
+
+
 class Kube:
     """The API server as a user of one namespace sees it."""
 
@@ -75,7 +83,7 @@ class Kube:
         response = self._api.call_api(*request, _request_timeout=20)
         data: bytes = response.read()
         if response.status > 299:
-            raise ApiError(response.status, json.loads(data)["message"])
+            raise ApiError(response.status, _message(data))
         return data
 
     def call(self, method: str, path: str, body: Any = None, **query: str) -> Json:
