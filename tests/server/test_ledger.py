@@ -247,6 +247,8 @@ def test_windows_let_more_sequences_in(tmp_path, capsys):
     assert (found.kv_groups, found.layers_per_block, found.padding_bytes) == (2, 13, 0)
     assert found.bytes_per_block == full["bytes_per_block"] // 2
     assert (full["full_length_sequences"], found.full_length_sequences) == (4, 8)
+    assert ledger.largest_step(shape, request) == 8192
+    assert ledger.largest_step(windowed, request) == 2048, "no memory for steps that never come"
     text = ledger.as_text("title", make_ledger(
         replace(shape, windows=(512,) * 29 + (None,) * 5), full["weights_bytes"], request
     ), [])  # fmt: skip

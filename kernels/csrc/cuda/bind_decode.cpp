@@ -85,7 +85,6 @@ void bind_decode(py::module_& m) {
            "blocks_per_sm"_a, "stream"_a);
   m.def("decode_serves", &decode_serves, "dim"_a, "block_size"_a,
         "Whether there is a kernel for these sizes.");
-  m.def("decode_row_tiles", &decode_row_tiles, "heads"_a, "kv_heads"_a);
 }
 
 }  // namespace octavo::cuda

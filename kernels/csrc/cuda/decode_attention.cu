@@ -47,7 +47,7 @@ DecodeTask task_of(const DecodeAttention& args, const DecodePlan& plan,
   task.workspace = workspace;
   task.heads = int(args.heads);
   task.group = int(args.heads / args.kv_heads);
-  task.row_tiles = int(decode_row_tiles(args.heads, args.kv_heads));
+  task.row_tiles = (task.group + kTileRows - 1) / kTileRows;  // of a key head's group
   task.columns = int(args.kv_heads) * task.row_tiles;
   task.stages = args.stages > 0 ? std::min(int(args.stages), kMaxStages) : stages_for(args.dim);
   task.scale = args.softcap > 0 ? args.scale / args.softcap : args.scale * kLog2E;
@@ -91,10 +91,6 @@ void run_dim(int64_t dim, const DecodeTask& task, int blocks_per_sm, cudaStream_
 bool decode_serves(int64_t dim, int64_t block_size) {
   const bool dim_is_served = dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256;
   return dim_is_served && block_size >= 8 && (block_size & (block_size - 1)) == 0;
-}
-
-int64_t decode_row_tiles(int64_t heads, int64_t kv_heads) {
-  return (heads / kv_heads + kTileRows - 1) / kTileRows;
 }
 
 void decode_attention(const DecodeAttention& args, const DecodePlan& plan,

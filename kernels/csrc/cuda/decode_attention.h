@@ -68,9 +68,6 @@ struct DecodeAttention {
 // Whether there is a kernel: dims 64, 80, 96, 128, 256, block sizes 8, 16 .. that are powers of 2.
 bool decode_serves(int64_t dim, int64_t block_size);
 
-// Heads of a key head's group are rows of a tile of 16; larger groups take several.
-int64_t decode_row_tiles(int64_t heads, int64_t kv_heads);
-
 // Fills the plan's lists from the lengths of the first `num_decodes` sequences; a length of 0 is a
 // padding row. Nothing here depends on a layer but the window.
 void plan_decode(const DecodePlan& plan, const int32_t* seq_lens, int32_t num_decodes,

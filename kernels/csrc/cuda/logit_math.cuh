@@ -17,12 +17,6 @@ __device__ __forceinline__ float exp2_quick(float x) {
   return result;
 }
 
-__device__ __forceinline__ float log2_quick(float x) {
-  float result;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
 // The larger, and NaN if one is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float result;
