@@ -179,6 +179,7 @@ def test_random_traffic_keeps_its_tokens_however_it_is_preempted():
             budget=budget, seqs=6, context=rng.choice([40, 90]), caching=rng.random() < 0.6,
             policy=rng.choice(["fcfs", "priority"]), host_blocks=rng.choice([5, 40, 200]),
             recompute=lambda tokens, rng=rng: rng.choice([0, 1e9]), depth=rng.choice([1, 2]),
+            large_step=rng.choice([None, 4 * budget]), offline=rng.random() < 0.5,
         )  # fmt: skip
         run_traffic(engine, rng)
         assert engine.swap.pool.counts.active == 0

@@ -101,7 +101,7 @@ class Engine:
 
     def __init__(self, windows, *, blocks=64, block_size=4, budget=64, seqs=8, context=128,
                  caching=True, eos=(), policy="fcfs", host_blocks=0, depth=1,
-                 recompute=lambda tokens: 1e9):  # fmt: skip
+                 large_step=None, offline=False, recompute=lambda tokens: 1e9):  # fmt: skip
         limits = Limits(
             block_size=block_size,
             max_model_len=context,
@@ -111,6 +111,8 @@ class Engine:
             eos_token_ids=frozenset(eos),
             enable_prefix_caching=caching,
             kv_windows=tuple(windows),
+            large_step=large_step,
+            offline=offline,
         )
         self.swap = SwapSpace(host_blocks, 0.5, recompute) if host_blocks else None
         self.scheduler = Scheduler(
