@@ -15,11 +15,13 @@ import httpx
 import pytest
 from api_server import FAKE, MODEL, ApiServer, eventually, running
 
+from octavo.api import launch
 from octavo.api.admission import Admission
 from octavo.api.engine_process import describe_exit
 from octavo.api.lifecycle import Lifecycle, State
 from octavo.api.load_report import load_report
 from octavo.api.server import LAST_WORDS_S
+from octavo.errors import ConfigError
 from octavo.wire import Blocks, Failed, Load, Progress, Ready
 
 READY = Ready(64, 100, 16, 32, 4, "cpu", "float32", 1024)
@@ -296,6 +298,16 @@ def test_bad_input_costs_no_process(tmp_path: Path) -> None:
     refusal = f"octavo: cannot listen on 127.0.0.1:{port}: Address already in use"
     assert [line[: len(refusal)] for line in run.stderr.splitlines()] == [refusal]
     assert not (tmp_path / "pid").exists()
+
+
+def test_a_server_without_a_place_for_its_sockets_says_so(monkeypatch) -> None:
+    def refuse(**_: object) -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(launch.tempfile, "mkdtemp", refuse)
+    with pytest.raises(ConfigError, match=r"\['/tmp'\]; give the server a /tmp"):
+        with launch._socket_folder():
+            pytest.fail("there is no such folder")
 
 
 def test_a_sigterm_before_the_server_is_up_is_not_lost(tmp_path: Path) -> None:

@@ -79,10 +79,16 @@ def _signals_wait() -> Iterator[None]:
 @contextlib.contextmanager
 def _socket_folder() -> Iterator[Path]:
     """A private folder with a path short enough for unix sockets."""
-    folder = tempfile.mkdtemp(prefix="octavo-")
-    if len(folder) > MAX_FOLDER_CHARS:
-        shutil.rmtree(folder)
-        folder = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
+    try:
+        folder = tempfile.mkdtemp(prefix="octavo-")
+        if len(folder) > MAX_FOLDER_CHARS:
+            shutil.rmtree(folder)
+            folder = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make a folder for the engine's sockets: {error.strerror or error}; give the "
+            "server a /tmp that it may write to, such as an emptyDir, or set TMPDIR to another"
+        ) from error
     try:
         yield Path(folder)
     finally:
