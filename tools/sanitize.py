@@ -9,12 +9,14 @@ has its share of the tests and ends with the time. One that dies in a test is st
 it. Kernels whose blocks wait for one another have processes of their own, in which a tool may make
 one wait in vain.
 
-What fails the run: a report that names a kernel of ours, a failed test, one that its process died
-in, and one of `smallest` that was not reached. initcheck looks at torch's kernels too, for it must
-see them write, and what it says of those is told apart. Reports of one place are shown once. At
-last there is a line for each file of kernels, and the verdict.
+What fails the run: a report that names a kernel of ours, an error of the tool's own, a failed test,
+one that its process died in, and one of `smallest` that was not reached. initcheck looks at torch's
+kernels too, for it must see them write, and what it says of those is told apart. Reports of one
+place are shown once. At last there is a line for each file of kernels, and the verdict.
 
-Standard library only; compute-sanitizer comes with the CUDA toolkit.
+Standard library only; compute-sanitizer comes with the CUDA toolkit. racecheck took some waits on
+mbarriers for races until 2025.4 and 2026.1, says NVIDIA: the first in PATH is taken, before the
+toolkit's own.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ _ENDED = re.compile(
 _DONE = re.compile(r"^=+ .* in [\d.]+s.* =+$", re.MULTILINE)  # pytest's last line
 # Where a report says that something happened: the kernel and the instruction.
 _AT = re.compile(r"\+0x[0-9a-f]+")
+# What the tool says of itself: it did not do all that it was asked to.
+_OF_ITSELF = re.compile(r"Internal Sanitizer Error|Warning: Detected overflow")
 # The file of the kernel that a test of `smallest` is there for.
 _SOURCE_OF_TEST = re.compile(r"::test_smallest\[(\w+): ")
 _KERNEL = re.compile(
@@ -96,6 +100,7 @@ class Found:
     to_run: set[str] = field(default_factory=set)
     ours: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    of_itself: list[str] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
 
     @property
@@ -115,6 +120,8 @@ class Found:
         said = [f"{n} tests {what}" for what, n in counts.items() if n]
         if self.ours:
             said.append(f"{len(places(self.ours))} places of ours reported")
+        if self.of_itself:
+            said.append("errors of the tool's own")
         if len(self.trouble) > ends["DIED"]:
             said.append(f"{len(self.trouble) - ends['DIED']} processes in trouble")
         return said or ([] if ends["PASSED"] else ["no test passed"])
@@ -263,7 +270,10 @@ def read(shares: list[Share]) -> Found:
     for share, turn, code in turns:
         said = Said(share.log(turn))
         for report in reports(said.reports):
-            (found.ours if OURS in report else found.others).append(report)
+            if _OF_ITSELF.match(report):
+                found.of_itself.append(report)
+            else:
+                (found.ours if OURS in report else found.others).append(report)
         found.to_run.update(said.to_run)
         found.ended.update(said.ended)
         found.seconds.update(said.seconds)
@@ -290,6 +300,8 @@ def show(check: Check, found: Found) -> None:
           f"({len(found.ours)}), {len(others)} of others ({len(found.others)})")  # fmt: skip
     for same in [*list(ours.values())[:20], *list(others.values())[:3]]:
         print(f"  {len(same)} times: " + same[0].replace("\n", "\n    ")[:1500])
+    for same in places(found.of_itself).values():
+        print(f"  {len(same)} times, of the tool itself: " + same[0].replace("\n", "\n    ")[:500])
     for text in found.trouble:
         print("  " + text.replace("\n", "\n    "))
     for test, end in found.ended.items():

@@ -28,6 +28,9 @@ RACE = """
 ========= Error: Race reported between Write access at void octavo::cuda::prefill_kernel<T>()+0x1
 =========     and Read access at void octavo::cuda::prefill_kernel<T>()+0x20 [16 hazards]
 ========="""
+INTERNAL = """
+========= Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception.
+========="""
 SUMMARY = "\n========= ERROR SUMMARY: 0 errors\n========= RACECHECK SUMMARY: 0 hazards displayed"
 THIRD = "tests/kernels/test_x.py::test_d"
 SMALLEST = "tests/kernels/test_x.py::test_smallest[decode_attention: b 1]"
@@ -130,6 +133,14 @@ def test_what_did_not_run_is_not_clean(tmp_path, changes, texts) -> None:
     assert code == 1
     for text in texts:
         assert text in said
+
+
+def test_what_the_tool_could_not_do_is_not_clean(tmp_path) -> None:
+    code, said = run(tmp_path, said=2 * INTERNAL)
+    assert code == 1
+    assert "reports: 0 places of ours (0), 0 of others (0)" in said
+    assert "  2 times, of the tool itself: Internal Sanitizer Error: The Sanitizer failed" in said
+    assert "NOT CLEAN: synccheck: errors of the tool's own; synccheck of" in said
 
 
 def test_behind_a_test_that_its_process_died_in_another_goes_on(tmp_path) -> None:

@@ -2,7 +2,8 @@
 
 For oracles under compute-sanitizer, which cuBLAS's kernels for half precision on Hopper are too
 much for: racecheck, told to look at our kernels alone, dies with an internal error at the first of
-them, and initcheck (before 2025.4) does not see what they write through bulk copies.
+them, and initcheck does not see what they write through tensor maps (release notes of 2025.3 to
+2026.3, known limitations).
 """
 
 from typing import Any
