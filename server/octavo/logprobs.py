@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+# Without the collector's care: beams make one for each token, and it can be part of no cycle.
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Of one token: its log-probability before any parameter acted, and the most probable tokens.
 
     `rank` counts from 1, the most probable. `top_ids` and `top_logprobs` are parallel, largest

@@ -7,12 +7,14 @@ from beam_oracle import EOS, VOCAB, BeamRunner, plain_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo.core.beam import BeamSearch
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits, RequestError
 from octavo.core.scheduler import Scheduler
 from octavo.core.sequence import common_prefix
 from octavo.core.step import NO_TOKEN
+from octavo.logprobs import TokenLogprobs
 from octavo.params import ParameterError, SamplingParams
 
 CONTEXT = 96
@@ -117,6 +119,31 @@ def test_beams_share_what_they_have_in_common():
         held = [block for s in engine.scheduler.running for block in s.block_table]
         distinct, tables = distinct + len(set(held)), tables + len(held)
     assert distinct < 0.55 * tables
+
+
+LOGPROBS = st.sampled_from([-math.inf, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0])  # many are equal
+
+
+@given(
+    scores=st.lists(LOGPROBS, min_size=1, max_size=4),
+    drawn=st.lists(st.lists(LOGPROBS, min_size=8, max_size=8), min_size=4, max_size=4),
+)
+def test_the_best_continuations_are_those_of_all_in_order(scores, drawn):
+    beam = BeamSearch(
+        width=4, length_penalty=1.0, early_stopping=False, max_new_tokens=9, stop_ids=frozenset()
+    )
+    beam.scores = scores
+    lists = [sorted(own, reverse=True) for own in drawn]
+    beam.candidates = {
+        i: TokenLogprobs(0, 0.0, 1, list(range(8)), own) for i, own in enumerate(lists)
+    }
+    every = [
+        (score + logprob, branch, token)
+        for branch, score in enumerate(scores)
+        if score > -math.inf
+        for token, logprob in enumerate(lists[branch])
+    ]
+    assert beam._ranked() == sorted(every, key=lambda one: -one[0])[: beam.num_candidates]
 
 
 @given(left=st.lists(st.integers(0, 1)), right=st.lists(st.integers(0, 1)))

@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from itertools import repeat
 from operator import itemgetter
 from typing import NamedTuple
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.sequence import Sequence, common_prefix
 from octavo.logprobs import TokenLogprobs
+
+_SCORE = itemgetter(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +94,21 @@ class BeamSearch:
     def _ranked(self) -> list[tuple[float, int, int]]:
         """(score, branch, token id) of the best continuations; of equals the first branch's."""
         found: list[tuple[float, int, int]] = []
+        most, bar = self.num_candidates, math.nan  # nothing is below it
         for branch, score in enumerate(self.scores):
-            if score > -math.inf:
-                own = self.candidates[branch]
-                scores = [score + logprob for logprob in own.top_logprobs]
-                found += zip(scores, repeat(branch), own.top_ids, strict=False)
-        found.sort(key=itemgetter(0), reverse=True)
-        return found[: self.num_candidates]
+            if score == -math.inf:
+                continue
+            own = self.candidates[branch]
+            # The largest come first, so that most branches are left after a few.
+            for logprob, token_id in zip(own.top_logprobs, own.top_ids, strict=False):
+                if score + logprob <= bar:
+                    break
+                found.append((score + logprob, branch, token_id))
+            found.sort(key=_SCORE, reverse=True)
+            del found[most:]
+            if len(found) == most:
+                bar = _SCORE(found[-1])
+        return found
 
     def _finish(self, score: float, output: list[int], token_id: int, stops: bool) -> None:
         token_ids = output if stops else [*output, token_id]
@@ -125,7 +134,7 @@ def rebuild(branches: Items[Sequence], steps: Items[Step], pool: BlockPool) -> N
     branches end as there are others, and one table takes the place of another: what these two have
     in common, mostly the prompt and all but the last few blocks, keeps its count.
     """
-    before = [(b.tokens, b.block_table, b.computed, b.written, b.chained, b.link) for b in branches]
+    before = [branch.standing for branch in branches]
     goes_on = [False] * len(branches)
     others: list[list[int]] = []
     becomes = []
@@ -142,7 +151,4 @@ def rebuild(branches: Items[Sequence], steps: Items[Step], pool: BlockPool) -> N
         pool.share(table[common:])
         pool.release(gone[common:])
     for branch, step, own in zip(branches, steps, becomes, strict=True):
-        branch.tokens, branch.block_table, branch.computed, branch.written = own[:4]
-        branch.chained, branch.link = own[4:]
-        branch.tokens.append(step.token_id)
-        branch.length = len(branch.tokens)
+        branch.become(own, step.token_id)

@@ -36,6 +36,9 @@ def slide(sequence: Sequence, position: int, kv: KvGroups, pool: BlockPool) -> N
 
 def shared_entries(sequence: Sequence, kv: KvGroups, pool: BlockPool) -> list[int]:
     """Entries of the row that the next token is written to, whose blocks others hold too."""
+    table = sequence.block_table
     first = sequence.computed // kv.block_size * kv.count
-    row = range(first, min(first + kv.count, len(sequence.block_table)))
-    return [entry for entry in row if pool.references(sequence.block_table[entry]) > 1]
+    if kv.count == 1:  # the usual case, which beams ask for with every token
+        return [first] if first < len(table) and pool.references(table[first]) > 1 else []
+    row = range(first, min(first + kv.count, len(table)))
+    return [entry for entry in row if pool.references(table[entry]) > 1]

@@ -101,11 +101,12 @@ class Outcome:
             if sequence.seq_id in here:
                 updates.append(self._draw(sequence, token))
         drawn = iter(sampled[len(flight.rows) :])
+        publishes = self._prefix_cache.enabled
         for (sequence, end), share in zip(flight.chunks, flight.plan.chunks, strict=True):
             chosen = next(drawn) if share.samples else None
             if sequence.seq_id not in here:
                 continue
-            if chosen != NO_TOKEN:
+            if publishes and chosen != NO_TOKEN:
                 self._publish(sequence, end)
             if self._kv.sliding and sequence.block_table:
                 # Branches that are rebuilt will join at the prompt's end and need what it sees.

@@ -51,6 +51,11 @@ class PrefixCache:
         self._enabled = enabled
         self._pack = Struct(f"{kv.block_size}i").pack
 
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is published."""
+        return self._enabled
+
     def find(self, sequence: Sequence, joined_at: int | None = None) -> Prefix:
         """The longest usable prefix: rows from the first token on that hold the sequence's tokens.
 

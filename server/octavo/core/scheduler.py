@@ -318,7 +318,7 @@ class Scheduler:
 
     def _continue(self, group: Group, draft: _Draft) -> bool:
         """Schedule a running group; False when budget or blocks did not suffice for all of it."""
-        single = len(group.branches) == 1
+        lead, single = group.lead, len(group.branches) == 1
         if not single:
             self._join_rebuilt(group, draft)
         for branch in group.branches:
@@ -328,12 +328,13 @@ class Scheduler:
             if single:
                 count = min(pending, draft.budget + (0 if draft.shares else draft.more))
             else:
-                if branch is not group.lead and not branch.block_table:
+                if branch is not lead and not branch.block_table:
                     if branch.num_generated:
                         return False  # the lead has not yet come to the prompt's end
-                    self._join(branch, group.lead, branch.num_prompt_tokens - 1)
+                    self._join(branch, lead, branch.num_prompt_tokens - 1)
                     pending = 1
-                count = min(pending, self._share_of_budget(group, branch, draft))
+                first = branch is lead and not lead.num_generated
+                count = min(pending, self._prompt_share(group, draft) if first else draft.budget)
             if pending == 0:
                 continue  # a branch of a beam search that waits for the others
             if count == 0 or not self._grow(group, branch, count, draft):
@@ -343,17 +344,14 @@ class Scheduler:
                 return False
         return True
 
-    def _share_of_budget(self, group: Group, branch: Sequence, draft: _Draft) -> int:
-        """Tokens that a branch may run. The first draw of all branches is in one step.
-
-        So the lead ends the prompt only where a token is left for each of the others.
+    def _prompt_share(self, group: Group, draft: _Draft) -> int:
+        """Tokens of its prompt that the lead may run. The first draw of all branches is in one
+        step, so it ends the prompt only where a token is left for each of the others.
         """
-        if branch is not group.lead or branch.num_generated:
-            return draft.budget
-        others = len(group.branches) - 1
-        if draft.budget >= branch.pending + others:
-            return branch.pending
-        return min(draft.budget, branch.pending - 1)
+        pending, others = group.lead.pending, len(group.branches) - 1
+        if draft.budget >= pending + others:
+            return pending
+        return min(draft.budget, pending - 1)
 
     def _join_rebuilt(self, group: Group, draft: _Draft) -> None:
         """Let preempted branches go on where the lead is at the prompt's end again.

@@ -16,6 +16,8 @@ class Clock:
 
 # Of those whose steps are planned one by one.
 _STOPPED = Clock()
+# Tokens, block table, computed, written, chained, link.
+Standing = tuple[list[int], list[int], int, int, int, bytes]
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +88,19 @@ class Sequence:
     def length(self, value: int) -> None:
         self._length = value - self._clock.ticks
 
+    @property
+    def standing(self) -> Standing:
+        """What it has in common with whoever goes on in its place; it must not follow a clock."""
+        table, computed = self.block_table, self._computed
+        return self.tokens, table, computed, self.written, self.chained, self.link
+
+    def become(self, standing: Standing, token_id: int) -> None:
+        """Go on from there, which is nobody else's then, with one token more."""
+        self.tokens, self.block_table, self._computed, self.written = standing[:4]
+        self.chained, self.link = standing[4:]
+        self.tokens.append(token_id)
+        self._length = len(self.tokens)
+
     def follow(self, clock: Clock | None) -> None:
         """From now on be a token further with each tick of `clock`; None: stand still."""
         computed, length = self.computed, self.length
@@ -134,10 +149,17 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many leading entries of two block tables are the same; halves, compared as a whole."""
-    same, differs = 0, min(len(left), len(right))
-    if left[:differs] == right[:differs]:
-        return differs
+    """How many leading entries of two block tables are the same; pieces, compared as a whole.
+
+    Tables mostly differ in their last few entries, if at all: so from the end, in growing steps.
+    """
+    differs = same = min(len(left), len(right))
+    back = 1
+    while left[:same] != right[:same]:
+        differs, same = same, max(0, same - back)
+        back *= 4
+    if same == differs:
+        return same
     while differs - same > 1:
         middle = (same + differs) // 2
         if left[same:middle] == right[same:middle]:

@@ -52,18 +52,22 @@ class _Wanted:
     rows: list[tuple[int, int, int]]
     most: int
 
-    def read(self, tokens: Sequence[int], words: list[int]) -> dict[int, TokenLogprobs]:
+    def read(self, tokens: Sequence[int], words: np.ndarray) -> dict[int, TokenLogprobs]:
         """By sequence id, of those that got a token, out of the words of `_logprob_words`."""
         count, most = len(self.rows), self.most
-        reals = np.array(words, dtype=np.int32).view(np.float32).tolist()
-        ids, values = 2 * count, (2 + most) * count
+        reals = words.view(np.float32)
+        own, ranks = reals[:count].tolist(), words[count : 2 * count].tolist()
+        first, end = 2 * count, (2 + most) * count
+        ids = words[first:end].reshape(count, most).tolist()
+        values = reals[end:].reshape(count, most).tolist()
         found = {}
         for i, (place, seq_id, wanted) in enumerate(self.rows):
-            token = tokens[place]
-            if token >= 0:
-                first, end = i * most, i * most + wanted
-                top_ids, top = words[ids + first : ids + end], reals[values + first : values + end]
-                found[seq_id] = TokenLogprobs(token, reals[i], words[count + i], top_ids, top)
+            token, top_ids, top = tokens[place], ids[i], values[i]
+            if token < 0:
+                continue
+            if wanted < most:
+                del top_ids[wanted:], top[wanted:]
+            found[seq_id] = TokenLogprobs(token, own[i], ranks[i], top_ids, top)
         return found
 
 
@@ -85,7 +89,7 @@ class InFlight:
     def result(self) -> StepResult:
         """Wait for the tokens."""
         words = self.fetched.wait()
-        found, more = words[: self.size], words[self.size :]
+        found, more = words[: self.size].tolist(), words[self.size :]
         of_tokens = self.of_tokens
         if self.wanted is not None:
             of_tokens = {**of_tokens, **self.wanted.read(found, more)}

@@ -23,8 +23,8 @@ _NAP_S = 20e-6
 class Fetch(Protocol):
     """Numbers on their way from the device."""
 
-    def wait(self) -> list[int]:
-        """Wait until they are here."""
+    def wait(self) -> np.ndarray:
+        """Wait until they are here; they stay until two more are fetched."""
         ...
 
 
@@ -57,14 +57,14 @@ class HostLane:
 
     def fetch(self, numbers: torch.Tensor) -> Fetch:
         """A copy, now."""
-        return _Here(numbers.tolist())
+        return _Here(numbers.numpy().copy())
 
 
 class _Here:
-    def __init__(self, numbers: list[int]) -> None:
+    def __init__(self, numbers: np.ndarray) -> None:
         self._numbers = numbers
 
-    def wait(self) -> list[int]:
+    def wait(self) -> np.ndarray:
         return self._numbers
 
 
@@ -127,7 +127,7 @@ class _Arriving:
         self._arrived = arrived
         self._numbers = numbers
 
-    def wait(self) -> list[int]:
+    def wait(self) -> np.ndarray:
         looks, deadline = 0, time.monotonic() + STEP_TIMEOUT_S
         while not self._arrived.query():
             looks += 1
@@ -141,5 +141,5 @@ class _Arriving:
                     "hangs or is lost; see the driver's log (dmesg, Xid) and restart the pod"
                 )
             time.sleep(_NAP_S)
-        numbers: list[int] = self._numbers.tolist()
+        numbers: np.ndarray = self._numbers.numpy()
         return numbers

@@ -102,12 +102,11 @@ class StepInputs:
 
 @dataclass(slots=True)
 class _Row:
-    """A sequence's row, its table there, and how it draws: what `_drawing` made of `drawn_as`."""
+    """A sequence's row and what is there: its table, and how it draws, by `drawn_as`."""
 
     index: int
     table: list[int]
     drawn_as: tuple[SamplingParams, int] | None = None
-    drawing: tuple[int, ...] = ()
 
 
 class RowTable:
@@ -218,7 +217,7 @@ class RowTable:
             raise RuntimeError(
                 f"sequence {share.seq_id} waits for a token that the plan before does not draw"
             )
-        record = self._record(share, row)
+        record = self._record(share, row)  # may be its beginning alone
         at = row.index * RECORD_WORDS
         # The token on its way is the first word: it is there already, or soon.
         sent.append((at + 1, record[1:]) if pending else (at, record))
@@ -229,13 +228,14 @@ class RowTable:
         return row.index
 
     def _record(self, share: ScheduledSequence, row: _Row) -> tuple[int, ...]:
-        """All words of the row's record; how it draws stays as long as it is one sequence's."""
+        """What is new of the row's record: how it draws stays as long as it is one sequence's."""
         of = row.drawn_as
-        if of is None or of[0] is not share.params or of[1] != share.branch:
-            row.drawn_as = (share.params, share.branch)
-            row.drawing = self._drawing(share, row.index)
         flags = FLAG_SAMPLES * share.samples | FLAG_WRITES * share.writes
-        return (share.token_ids[-1], share.start, share.num_generated, flags, *row.drawing)
+        moves = (share.token_ids[-1], share.start, share.num_generated, flags)
+        if of is not None and of[0] is share.params and of[1] == share.branch:
+            return moves
+        row.drawn_as = (share.params, share.branch)
+        return moves + self._drawing(share, row.index)
 
     def _drawing(self, share: ScheduledSequence, index: int) -> tuple[int, ...]:
         """The record's words behind the first four."""
@@ -260,13 +260,26 @@ class RowTable:
         of_prompt = share.start < share.num_prompt_tokens
         return len(share.token_ids) == 1 and not (self._deterministic and of_prompt)
 
+    def _of_decodes(
+        self, plan: StepPlan, batch: list[int], sent: list[Stretch], drew: dict[int, bool]
+    ) -> StepInputs:
+        """Where all chunks are decodes, as those of beams are, the batch is as the plan is."""
+        batch += [self._place(share, sent, drew) for share in plan.chunks]
+        self._arrange(batch, sent)
+        count, size = plan.rows.count, len(batch)
+        drawn = [*range(count), *(count + i for i, s in enumerate(plan.chunks) if s.samples)]
+        ends = max(share.start for share in plan.chunks) + 1
+        return StepInputs(size, size, size, 1, drawn, sent, max_chunk_end=ends)
+
     def _with_chunks(
         self, plan: StepPlan, sent: list[Stretch], drew: dict[int, bool]
     ) -> StepInputs:
         count = plan.rows.count
         decodes = [self._decodes(share) for share in plan.chunks]
-        order = sorted(range(len(plan.chunks)), key=lambda i: not decodes[i])
         batch = list(self._decoding.values())
+        if all(decodes) and not any(share.prompt_logprob_rows for share in plan.chunks):
+            return self._of_decodes(plan, batch, sent, drew)
+        order = sorted(range(len(plan.chunks)), key=lambda i: not decodes[i])
         starts, token_at, tokens = list(range(count + 1)), [-1] * count, list[int]()
         places = [0] * len(order)
         for i in order:
@@ -289,12 +302,11 @@ class RowTable:
             for row in share.prompt_logprob_rows
         ]
         num_decodes = count + sum(decodes)
-        if num_decodes < len(batch) or prompt_rows:
-            sent += [
-                (self._layout.query_start, starts),
-                (self._layout.token_at, token_at),
-                (self._layout.chunk, tokens),
-            ]
+        sent += [
+            (self._layout.query_start, starts),
+            (self._layout.token_at, token_at),
+            (self._layout.chunk, tokens),
+        ]
         return StepInputs(
             num_sequences=len(batch),
             num_tokens=starts[-1],
@@ -315,12 +327,15 @@ def padding(layout: StateLayout, num_sequences: int, tokens: int) -> Stretch:
     return layout.query_start + first, [tokens] * (layout.max_rows + 1 - first)
 
 
-def messages(sent: Iterable[Stretch], capacity: int) -> list[np.ndarray]:
+def messages(sent: Sequence[Stretch], capacity: int) -> list[np.ndarray]:
     """The stretches as messages of at most `capacity` words; see `batch_state.apply_updates`.
 
     A message is the number of stretches, then of each where it goes, its length and where in the
     message it is, then their words.
     """
+    if 1 + sum(3 + len(words) for _, words in sent) <= capacity:
+        whole = [stretch for stretch in sent if stretch[1]]
+        return [_message(whole)] if whole else []
     found, part, used = list[np.ndarray](), list[Stretch](), 1
     for to, words in sent:
         done = 0
