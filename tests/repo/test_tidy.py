@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_FILE = 400
 MAX_FUNCTION = 70
 # A package's ceiling is a question, not a quota: raise it in a commit that says what it buys.
-CEILINGS = {"operator": 2200, "server": 12300, "kernels": 3700, "e2e": 5200, "tools": 680}
+CEILINGS = {"operator": 2200, "server": 12400, "kernels": 3700, "e2e": 5200, "tools": 680}
 
 
 def tracked(*patterns: str) -> list[Path]:
