@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.checkpoint import read_checkpoint
-from octavo.errors import DoesNotFitError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIB = 1 << 20
@@ -42,28 +41,6 @@ class KvShape:
 def kv_bytes_per_block(shape: KvShape, block_size: int) -> int:
     """Bytes of one block across all layers, keys and values."""
     return shape.bytes_per_token * block_size
-
-
-def blocks_for_tokens(tokens: int, block_size: int) -> int:
-    """Blocks that hold this many tokens of one sequence."""
-    return -(-tokens // block_size)
-
-
-def num_blocks(available_bytes: int, shape: KvShape, block_size: int, max_model_len: int) -> int:
-    """Blocks that fit; raises when not even one sequence of the longest length would."""
-    per_block = kv_bytes_per_block(shape, block_size)
-    available = max(0, available_bytes)
-    fitting = available // per_block
-    needed = blocks_for_tokens(max_model_len, block_size)
-    if fitting < needed:
-        most = fitting * block_size
-        remedy = f"set --max-model-len to at most {most}" if most else "give the server more memory"
-        raise DoesNotFitError(
-            f"one sequence of {max_model_len} tokens needs {needed} KV blocks "
-            f"({needed * per_block / MIB:.1f} MiB), but {available / MIB:.1f} MiB hold only "
-            f"{fitting}; {remedy}"
-        )
-    return fitting
 
 
 # Tensors that a checkpoint may carry and that are not loaded; the output matrix only when it is

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from octavo import plan
-from octavo.errors import DoesNotFitError
 
 LLAMA_8B = plan.KvShape(num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 
@@ -23,28 +22,6 @@ def test_block_bytes_are_those_of_the_pool_that_is_allocated() -> None:
         shape = plan.KvShape(3, 5, 64, dtype)
         pool = torch.empty((3, 2, 7, 8, 5, 64), dtype=getattr(torch, dtype), device="meta")
         assert pool.nbytes == 7 * plan.kv_bytes_per_block(shape, 8)
-
-
-@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (4096, 256)])
-def test_blocks_for_tokens(tokens, blocks) -> None:
-    assert plan.blocks_for_tokens(tokens, 16) == blocks
-
-
-def test_num_blocks_fills_what_there_is() -> None:
-    assert plan.num_blocks(10 * 2 * plan.MIB + 5, LLAMA_8B, 16, 160) == 10
-
-
-def test_too_little_memory_is_told_with_numbers_and_a_remedy() -> None:
-    with pytest.raises(DoesNotFitError) as caught:
-        plan.num_blocks(10 * 2 * plan.MIB, LLAMA_8B, 16, 161)
-    assert str(caught.value) == (
-        "one sequence of 161 tokens needs 11 KV blocks (22.0 MiB), but 20.0 MiB hold only 10; "
-        "set --max-model-len to at most 160"
-    )
-    with pytest.raises(DoesNotFitError, match=r"but 0\.0 MiB hold only 0; give the server more"):
-        plan.num_blocks(-5, LLAMA_8B, 16, 161)
-    # The remedy works.
-    assert plan.num_blocks(10 * 2 * plan.MIB, LLAMA_8B, 16, 160) == 10
 
 
 def test_weights_bytes_come_from_the_headers(tmp_path) -> None:
