@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from sitting import Serving, Sitting
-from sitting_parts import BIG, SMALL, Part, measure_ceilings, measured, offline, parts, run_part
+from sitting_parts import (
+    BIG,
+    SMALL,
+    USUAL,
+    Part,
+    measure_ceilings,
+    measured,
+    offline,
+    parts,
+    run_part,
+)
 from sitting_table import tables
 
 from octavo.bench.workloads import SHAPES, WORKLOADS
@@ -55,10 +65,9 @@ def parse() -> argparse.Namespace:
     add("--big", default=BIG, metavar="SHAPE", help="a shape or a folder (default %(default)s)")
     add("--small", default=SMALL, metavar="SHAPE", help="likewise (default %(default)s)")
     add("--once", action="store_true", help="not what the sitting has measured in an earlier call")
-    usual = Serving()
-    add("--capacity", type=int, default=usual.capacity, metavar="REQUESTS", help="at once")
-    add("--poisson", type=float, default=usual.poisson_s, metavar="SECONDS", help="of arrivals")
-    add("--settle", type=float, default=usual.settle_s, metavar="SECONDS", help="at most")
+    add("--capacity", type=int, default=USUAL.capacity, metavar="REQUESTS", help="at once")
+    add("--poisson", type=float, default=USUAL.poisson_s, metavar="SECONDS", help="of arrivals")
+    add("--settle", type=float, default=USUAL.settle_s, metavar="SECONDS", help="at most")
     add("--cost", action=argparse.BooleanOptionalAction, default=True, help="of the peer's steps")
     add("--sharing", default="", metavar="WORDS", help="for sharing_gpu.py, in one string")
     add("--engine", action="append", default=[], help="offline alone, in this order")
@@ -73,9 +82,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def serving_of(args: argparse.Namespace) -> Serving:
+    return Serving(args.capacity, args.poisson, args.settle)
+
+
 def chosen(args: argparse.Namespace) -> dict[str, Part]:
     """The parts that were asked for, in the order in which they are to run."""
-    every = parts(args.big, args.small, cost=args.cost, sharing=shlex.split(args.sharing))
+    every = parts(
+        args.big,
+        args.small,
+        serving=serving_of(args),
+        cost=args.cost,
+        sharing=shlex.split(args.sharing),
+    )
     if args.part or args.budget:
         return {name: every[name] for name in args.part or every}
     return {
@@ -97,8 +116,9 @@ def main() -> None:
         stamp = {"sitting": args.sitting, "device": None, "commit": args.commit}
         scratch = args.scratch or default_scratch()
         scratch.mkdir(parents=True, exist_ok=True)
-        serving = Serving(args.capacity, args.poisson, args.settle)
-        sitting = Sitting(args.out, stamp, scratch, args.site, args.requests, serving=serving)
+        sitting = Sitting(
+            args.out, stamp, scratch, args.site, args.requests, serving=serving_of(args)
+        )
         sitting.rows = [row for row in read(args.out) if row["sitting"] == args.sitting]
         measure_ceilings(sitting, end)
         done = measured(sitting.rows) if args.once else set()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sitting import MAX_NUM_SEQS, PASSES, PASSES_S, Model, PartError, Sitting, elapsed
+from sitting import MAX_NUM_SEQS, PASSES, PASSES_S, Model, PartError, Serving, Sitting, elapsed
 from sitting_serve import cold_start, under_load
 
 from octavo.bench.limits import Ceilings, least_seconds
@@ -21,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 FIGURE = {"prefill": "in_tok_s"}
 BIG, SMALL = "llama-8b", "qwen3-0.6b"
 BIG_LOADS, SMALL_LOADS = ["single", "prefill", "sharegpt"], ["single", "uniform"]
+
+USUAL = Serving()
 
 Rows = Iterator[dict[str, Any]]
 
@@ -110,14 +112,22 @@ def weights(sitting: Sitting, shape: str) -> Rows:
 
 
 def parts(
-    big: str = BIG, small: str = SMALL, *, cost: bool = True, sharing: Sequence[str] = ()
+    big: str = BIG,
+    small: str = SMALL,
+    *,
+    serving: Serving = USUAL,
+    cost: bool = True,
+    sharing: Sequence[str] = (),
 ) -> dict[str, Part]:
     """All parts, those of both engines first, so that who is interrupted loses what is ours alone.
 
-    `cost`: whether `vllm-8b` measures what steps cost, too. `sharing`: the words of its script.
+    A server is not started where its Poisson load would be cut: another number of requests is not
+    compared. `cost`: whether `vllm-8b` measures what steps cost, too. `sharing`: words for its
+    script.
     """
     vllm_big = [*BIG_LOADS, "cost"] if cost else BIG_LOADS
 
+    load_s = serving.poisson_s
     big_word, small_word = _word(big), _word(small)
 
     def of(
@@ -130,9 +140,9 @@ def parts(
         "octavo-0.6b": of(70, 35, offline, "octavo", small, SMALL_LOADS),
         "weights": of(60, 15, weights, big),
         "vllm-8b": of(320 if cost else 270, 150, offline, "vllm", big, vllm_big),
+        "serve-vllm": of(205 + load_s, 120 + load_s, serve, "vllm", big, 0),
+        "serve-octavo": of(105 + load_s, 55 + load_s, serve, "octavo", big, 0),
         "vllm-0.6b": of(170, 100, offline, "vllm", small, SMALL_LOADS),
-        "serve-vllm": of(250, 150, serve, "vllm", big, 0),
-        "serve-octavo": of(150, 70, serve, "octavo", big, 0),
         "cold-octavo": of(40, 10, serve, "octavo", big, 1, loaded=False),
         "sharing": of(60, 20, script, "sharing_gpu.py", "--model", small_word, *sharing),
         "sharing-8b": of(90, 30, script, "sharing_gpu.py", "--model", big_word, *sharing),
@@ -142,7 +152,7 @@ def parts(
         "octavo-0.6b-again": of(70, 35, offline, "octavo", small, SMALL_LOADS),
         "octavo-8b-again": of(150, 70, offline, "octavo", big, BIG_LOADS),
         "transformers": of(90, 40, offline, "transformers", big, ["sharegpt"]),
-        "serve-octavo-again": of(150, 70, serve, "octavo", big, 2),
+        "serve-octavo-again": of(105 + load_s, 55 + load_s, serve, "octavo", big, 2),
     }
 
 

@@ -111,19 +111,29 @@ def sharing(rows: Rows) -> str:
         key = _group(found)
         saved, ratio = found["blocks_saved"], found["ratio"]
         verdict = ""
-        if key[1:3] == ("beam", 6):
+        if key[2:4] == ("beam", 6):
             good = saved >= SAVED_GOAL and ratio >= RATIO_GOAL
             verdict = "goal" if good else "**missed**"
         with_it, without = (_number(sides.get((*key, side))) for side in (True, False))
         lines.append(
-            (*key[:3], f"{saved:.1%}", with_it, without, f"{ratio:.2f}", found["most"], verdict)
+            (*key[:4], f"{saved:.1%}", with_it, without, f"{ratio:.2f}", found["most"], verdict)
         )
-    columns = ("load", "kind", "width", "blocks saved", "tok/s", "without", "ratio", "most", "")
-    return markdown(columns, lines)
+    columns = (
+        "shape",
+        "load",
+        "kind",
+        "width",
+        "blocks saved",
+        "tok/s",
+        "without",
+        "ratio",
+        "most",
+    )
+    return markdown((*columns, ""), lines)
 
 
 def _group(found: Mapping[str, Any]) -> tuple[Any, ...]:
-    return found["load"], found["kind"], found["width"], found["blocks"]
+    return tuple(found[name] for name in ("shape", "load", "kind", "width", "blocks"))
 
 
 def _number(value: float | None) -> str:

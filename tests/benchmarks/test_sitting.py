@@ -358,7 +358,7 @@ def of_script(metric: str, **detail: Any) -> dict[str, Any]:
 
 
 def test_what_is_beside_the_headlines_has_tables_of_its_own() -> None:
-    beams = {"load": "sharegpt", "kind": "beam", "width": 6, "blocks": 981}
+    beams = {"shape": "llama-8b", "load": "sharegpt", "kind": "beam", "width": 6, "blocks": 981}
     fit = {"a_ms": 6.4, "b_us": 11.4, "c_ns": 45.7, "e_us": 20.6, "points": 12}
     fit |= {"median_error": 0.0138, "worst_error": 0.098}
     fit |= {"shape": "llama-8b", "method": "generate"}
@@ -369,6 +369,7 @@ def test_what_is_beside_the_headlines_has_tables_of_its_own() -> None:
             of_script("sharing", **beams, sharing=True, tok_s=1920.9),
             of_script("sharing", **beams, sharing=False, tok_s=535.4),
             of_script("sharing_ratio", **beams, blocks_saved=0.7523, ratio=3.588, most=4.04),
+            *(of_script("sharing", **beams | {"shape": "x"}, sharing=s, tok_s=1.0) for s in (0, 1)),
             of_script("idle", shape="llama-8b", load="sharegpt", after=150, running=512, idle=0.05,
                       step_ms=12.5, profiled_step_ms=12.9, host_ms={"plan": 0.24}),
             *(of_script("cost_model", **fit, engine=e) for e in ("octavo", "vllm")),
@@ -377,7 +378,7 @@ def test_what_is_beside_the_headlines_has_tables_of_its_own() -> None:
             row("octavo", 7.5, **served), row("vllm", 10.0, **served),
         ]
     )  # fmt: skip
-    assert "| sharegpt | beam | 6 | 75.2% | 1,921 | 535 | 3.59 | 4.04 | goal |" in text
+    assert "| llama-8b | sharegpt | beam | 6 | 75.2% | 1,921 | 535 | 3.59 | 4.04 | goal |" in text
     assert (
         "| llama-8b | sharegpt | 150 | 512 | 12.5 | 12.9 | 5.0% | **missed** | plan 0.24 |" in text
     )
