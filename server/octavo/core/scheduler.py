@@ -444,12 +444,15 @@ class Scheduler:
         start, tokens = sequence.computed, sequence.tokens
         end = start + count
         samples = end == sequence.length
+        token_ids = tokens[start:end]
+        if len(token_ids) < count:
+            token_ids += [PENDING] * (count - len(token_ids))
         draft.budget = max(0, draft.budget - count)
         draft.chunks.append((sequence, end))
         draft.shares.append(
             ScheduledSequence(
                 seq_id=sequence.seq_id,
-                token_ids=tokens[start:end] + [PENDING] * (end - max(start, len(tokens))),
+                token_ids=token_ids,
                 start=start,
                 block_table=sequence.block_table,
                 samples=samples,
