@@ -351,6 +351,18 @@ def engine_is_gone(server: ApiServer) -> None:
         os.kill(server.engine_pid(), 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_asks_for_the_end_again_and_again_gets_it_once(number: int, tmp_path: Path) -> None:
+    with running(tmp_path, engine=["--step-ms", "10"]) as server:
+        pid = server.engine_pid()
+        while server.process.poll() is None:
+            server.process.send_signal(number)
+            time.sleep(0.001)
+        assert server.exit_code() == 0, server.log()
+        assert "Traceback" not in server.log()
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_a_second_sigterm_ends_each_request_with_an_error(tmp_path: Path) -> None:
     with running(tmp_path, engine=["--step-ms", "50"]) as server:
         streams = [Stream(server, 500) for _ in range(3)]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -225,9 +226,11 @@ class _Supervisor:
     # The end
 
     def _catch_signals(self) -> None:
+        # Not by the loop's own handlers: those are taken back when it closes, and for the moment
+        # until the process has ended a signal would kill it.
         loop = asyncio.get_running_loop()
         for number in END_SIGNALS:
-            loop.add_signal_handler(number, self._on_signal)
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._on_signal))
         hear_signals()
 
     def _on_signal(self) -> None:
@@ -270,6 +273,8 @@ class _Supervisor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._serving.close()
+        for number in END_SIGNALS:  # nothing is left but to end
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _write_termination_message(path: str, message: str) -> None:
