@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import torch
+from kernel_timing import Machine
 
 
 def seconds(work: Callable[[], object], repeat: int = 10) -> float:
@@ -21,24 +22,16 @@ def seconds(work: Callable[[], object], repeat: int = 10) -> float:
     return float(begin.elapsed_time(end)) / repeat / 1e3
 
 
-def main() -> None:
-    source = torch.empty(1 << 31, device="cuda", dtype=torch.bfloat16).normal_()
+def measure(elements: int) -> Machine:
+    """In this process and now; what is copied are so many bf16 numbers."""
+    source = torch.empty(elements, device="cuda", dtype=torch.bfloat16).normal_()
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / seconds(lambda: target.copy_(source))
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     b = torch.randn_like(a)
     rate = 2 * 8192**3 / seconds(lambda: a @ b)
-    print(
-        json.dumps(
-            {
-                "device": torch.cuda.get_device_name(),
-                "copy_TB_s": round(copied / 1e12, 3),
-                "bf16_TFLOP_s": round(rate / 1e12, 1),
-                "torch": torch.__version__,
-            }
-        )
-    )
+    return Machine(torch.cuda.get_device_name(), copied, rate)
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(1 << 31).as_json()))

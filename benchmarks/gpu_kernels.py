@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator
 
 import torch
-from ceilings import seconds
+from ceilings import measure
 from kernel_decode import decode
 from kernel_elementwise import elementwise
 from kernel_gemm import gemm
@@ -42,23 +42,12 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=sorted(PARTS), required=True)
     parser.add_argument("--sweep", action="store_true", help="try settings, not only the defaults")
     args = parser.parse_args()
-    machine = measure()
+    machine = measure(1 << 30)
     print(json.dumps({"part": "machine", **machine.as_json()}), flush=True)
     for part in args.part:
         for row in PARTS[part](machine, args.sweep):
             print(json.dumps({"part": part, **row}), flush=True)
             torch.cuda.empty_cache()
-
-
-def measure() -> Machine:
-    """Copy bandwidth and the rate of a large product, in this process and now."""
-    source = torch.empty(1 << 30, device="cuda", dtype=torch.bfloat16).normal_()
-    target = torch.empty_like(source)
-    copied = 2 * source.nbytes / seconds(lambda: target.copy_(source))
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn_like(a)
-    rate = 2 * 8192**3 / seconds(lambda: a @ b)
-    return Machine(torch.cuda.get_device_name(), copied, rate)
 
 
 if __name__ == "__main__":

@@ -39,20 +39,22 @@ class Part:
 def offline(sitting: Sitting, engine: str, shape: str, loads: list[str]) -> Rows:
     """One engine over some workloads without HTTP."""
     model = Model.of(shape, sitting.scratch)
-    words = offline_command(engine, model, loads, sitting.requests)
+    words = offline_command(engine, shape, model, loads, sitting.requests)
     own = {"engine": engine, "version": None, "shape": model.name}
     for row in sitting.run(words, peer=engine == "vllm"):
         own["version"] = row.get("version", own["version"])
         yield own | measurement(row, model, sitting)
 
 
-def offline_command(engine: str, model: Model, loads: list[str], requests: int | None) -> list[str]:
+def offline_command(
+    engine: str, shape: str, model: Model, loads: list[str], requests: int | None
+) -> list[str]:
     """What runs one engine over some workloads and prints a JSON line for each pass."""
     count = [] if requests is None else [str(requests)]
     length = str(model.max_model_len)
     if engine == "octavo":
         return [
-            sys.executable, "-m", "octavo.cli", "bench", "offline", _ours(model),
+            sys.executable, "-m", "octavo.cli", "bench", "offline", _word(shape),
             "--workload", *loads, "--max-model-len", length, "--max-num-seqs", str(MAX_NUM_SEQS),
             "--dtype", "bfloat16", "--repeat", str(PASSES), "--seconds", str(PASSES_S),
             *(["--requests", *count] if count else []),
@@ -62,13 +64,10 @@ def offline_command(engine: str, model: Model, loads: list[str], requests: int |
 
 
 def _word(shape: str) -> str:
-    """A shape by name; a folder whichever is the folder of who reads it."""
+    """A shape by name, which has random weights; a folder, which has its own, whichever is the
+    folder of who reads it.
+    """
     return shape if shape in SHAPES else str(Path(shape).resolve())
-
-
-def _ours(model: Model) -> str:
-    """A shape by name, which has random weights; a folder has its own."""
-    return model.name if model.name in SHAPES else str(model.folder)
 
 
 def measurement(row: dict[str, Any], model: Model, sitting: Sitting) -> dict[str, Any]:

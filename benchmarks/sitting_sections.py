@@ -28,7 +28,6 @@ SERVED = (
 )
 # What the PagedAttention paper promises of beams of six: blocks saved, and throughput.
 SAVED_GOAL, RATIO_GOAL = 0.55, 2.2
-IDLE_BAR = 0.03
 
 
 def sections(rows: Rows) -> list[str]:
@@ -118,18 +117,9 @@ def sharing(rows: Rows) -> str:
         lines.append(
             (*key[:4], f"{saved:.1%}", with_it, without, f"{ratio:.2f}", found["most"], verdict)
         )
-    columns = (
-        "shape",
-        "load",
-        "kind",
-        "width",
-        "blocks saved",
-        "tok/s",
-        "without",
-        "ratio",
-        "most",
-    )
-    return markdown((*columns, ""), lines)
+    found_by = ("shape", "load", "kind", "width")
+    columns = (*found_by, "blocks saved", "tok/s", "without", "ratio", "most", "")
+    return markdown(columns, lines)
 
 
 def _group(found: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -145,25 +135,17 @@ def idle(rows: Rows) -> str:
     lines = []
     for found in details(rows, "idle"):
         share = found.get("idle")
-        verdict = "" if share is None else "bar" if share <= IDLE_BAR else "**missed**"
+        verdict = "" if share is None else "bar" if share <= found["bar"] else "**missed**"
         shown = "–" if share is None else f"{share:.1%}"
         host = ", ".join(f"{name} {ms:.2f}" for name, ms in found.get("host_ms", {}).items())
         lines.append(
             (found["shape"], found["load"], found["after"], found["running"], found["step_ms"],
              found.get("profiled_step_ms", "–"), shown, verdict, host)
         )  # fmt: skip
-    columns = (
-        "shape",
-        "load",
-        "after",
-        "running",
-        "step, ms",
-        "profiled",
-        "idle",
-        "≤ 3 %",
-        "host, ms",
+    return markdown(
+        ("shape", "load", "after", "running", "step, ms", "profiled", "idle", "≤ 3 %", "host, ms"),
+        lines,
     )
-    return markdown(columns, lines)
 
 
 def costs(rows: Rows) -> str:

@@ -33,6 +33,7 @@ from sitting import (
 
 from octavo.bench.load import Target, run_load
 from octavo.bench.workloads import digest, draw
+from octavo.engine.process import PREPARED as OURS_PREPARED
 
 _AT_ONCE = float("inf")
 NAME = "m"
@@ -41,7 +42,7 @@ POLL_S = 0.05
 STOP_S = 15.0
 WARM_UP_REQUESTS = 64
 # Ours goes on capturing graphs in idle moments after its first token; then its log says this.
-PREPARED = {"octavo": "prepared for every size of step"}
+PREPARED = {"octavo": OURS_PREPARED}
 POISSON_SEED = 11
 # A Poisson load that is cut to less than this share of its time is none.
 LEAST_SHARE = 1 / 3

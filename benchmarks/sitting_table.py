@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sitting_sections import OURS, PEER, Rows, sections, spread
+from sitting_sections import OURS, PEER, Rows, markdown, sections, spread
 
 STATIC = "transformers"
 SERVER_LOADS = ("capacity", "poisson", "cold-start")
@@ -117,11 +117,7 @@ def _machine(rows: Rows) -> str:
 
 
 def _claims(rows: Rows) -> str:
-    lines = [
-        "| workload | octavo: median (least–most; passes), of the limit | peer "
-        "| ratio (least–most) | first bar | goal | met |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for claim in CLAIMS:
         ours = values(rows, OURS, claim)
         theirs = values(rows, claim.peer or PEER, claim)
@@ -138,12 +134,15 @@ def _claims(rows: Rows) -> str:
         elif claim.peer is None:
             verdict = _verdict(claim, statistics.median(ours))
         sign = "≥" if claim.higher else "≤"
-        lines.append(
-            f"| {claim.name} | {spread(ours)}{share_of_limit(rows, OURS, claim)} "
-            f"| {spread(theirs)}{share_of_limit(rows, claim.peer or PEER, claim)} | {shown} "
-            f"| {sign} {claim.bar:g} | {sign} {claim.goal:g} | {verdict} |"
+        both = (
+            spread(each) + share_of_limit(rows, engine, claim)
+            for each, engine in ((ours, OURS), (theirs, claim.peer or PEER))
         )
-    return "\n".join(lines) if len(lines) > 2 else ""
+        bars = (f"{sign} {claim.bar:g}", f"{sign} {claim.goal:g}")
+        lines.append((claim.name, *both, shown, *bars, verdict))
+    of_ours = "octavo: median (least–most; passes), of the limit"
+    columns = ("workload", of_ours, "peer", "ratio (least–most)", "first bar", "goal", "met")
+    return markdown(columns, lines)
 
 
 def _verdict(claim: Claim, value: float) -> str:
@@ -177,27 +176,25 @@ def _engines(rows: Rows) -> str:
             found[key][row["engine"]].append(row["value"])
             if row.get("limit"):
                 limits[key] = row["limit"]
-    if not found:
-        return ""
-    lines = ["| shape | load | metric | engine | median (least–most; passes) | limit | share |"]
-    lines.append("|---|" + "---|" * 6)
+    lines = []
     for key, engines in sorted(found.items()):
         for engine, each in engines.items():
             share = f"{statistics.median(each) / limits[key]:.0%}" if key in limits else "–"
             limit = f"{limits[key]:,.0f}" if key in limits else "–"
-            lines.append(f"| {' | '.join(key)} | {engine} | {spread(each)} | {limit} | {share} |")
-    return "\n".join(lines)
+            lines.append((*key, engine, spread(each), limit, share))
+    middle = "median (least–most; passes)"
+    return markdown(("shape", "load", "metric", "engine", middle, "limit", "share"), lines)
 
 
 def _static(rows: Rows) -> str:
     """transformers' `generate`, batch by batch."""
-    lines = ["| `generate`, batch | out tok/s | of that measured, s | steps |", "|---|---|---|---|"]
+    lines = []
     for row in rows:
         if row.get("engine") == STATIC and row.get("load") == "sharegpt":
             shown = row.get("why") if row.get("value") is None else f"{row['value']:,.1f}"
             took = f"{row.get('measured_s', 0):.1f}"
-            lines.append(f"| {row['batch']} | {shown} | {took} | {row.get('steps', '–')} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            lines.append((row["batch"], shown, took, row.get("steps", "–")))
+    return markdown(("`generate`, batch", "out tok/s", "of that measured, s", "steps"), lines)
 
 
 def _others(rows: Rows) -> str:

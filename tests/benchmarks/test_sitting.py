@@ -371,7 +371,7 @@ def test_what_is_beside_the_headlines_has_tables_of_its_own() -> None:
             of_script("sharing_ratio", **beams, blocks_saved=0.7523, ratio=3.588, most=4.04),
             *(of_script("sharing", **beams | {"shape": "x"}, sharing=s, tok_s=1.0) for s in (0, 1)),
             of_script("idle", shape="llama-8b", load="sharegpt", after=150, running=512, idle=0.05,
-                      step_ms=12.5, profiled_step_ms=12.9, host_ms={"plan": 0.24}),
+                      bar=0.03, step_ms=12.5, profiled_step_ms=12.9, host_ms={"plan": 0.24}),
             *(of_script("cost_model", **fit, engine=e) for e in ("octavo", "vllm")),
             row("octavo", 5.9, load="cold-start", metric="first_token_s", part="cold-octavo",
                 detail={"phases": phases}),
