@@ -30,10 +30,9 @@ from octavo_kernels.cuda_tune import tune_products
 
 __all__ = [
     "act", "act_and_mul", "apply_updates", "build_inputs", "copy_blocks", "decode_layers",
-    "decode_logits",
-    "device_report", "embed", "gated_linear", "layer_norm", "layer_stack", "linear", "linear_add",
-    "mixture", "paged_attention", "plan_attention", "qk_norm_rope_write", "record_tokens",
-    "restart_marks", "rms_norm", "rope", "sample", "swap_blocks", "token_logprobs",
+    "decode_logits", "device_report", "embed", "gated_linear", "layer_norm", "layer_stack",
+    "linear", "linear_add", "mixture", "paged_attention", "plan_attention", "qk_norm_rope_write",
+    "record_tokens", "restart_marks", "rms_norm", "rope", "sample", "swap_blocks", "token_logprobs",
     "tune_products", "write_kv",
 ]  # fmt: skip
 

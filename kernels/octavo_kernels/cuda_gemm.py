@@ -15,7 +15,7 @@ from octavo_kernels.native import FUNCTIONS, Unfused, address, profile, stream_o
 from octavo_kernels.reference import Function, Norm
 
 # In the order of skinny_gemm.h's Epilogue.
-STORE, ADD, GATED = range(3)
+_STORE, _ADD, _GATED = range(3)
 _ALIGNMENT = 16  # bytes
 # Of a weight that the next product reads: more would push out of the L2 cache what is needed first.
 _AHEAD_BYTES = 24 * 2**20
@@ -67,7 +67,7 @@ def gated_linear(
     if many:
         gated_gemm(x, weight, function, out)
         return out
-    skinny_gemm(x, weight, bias, out, norm=norm, epilogue=GATED, function=function, ahead=ahead)
+    skinny_gemm(x, weight, bias, out, norm=norm, epilogue=_GATED, function=function, ahead=ahead)
     return out
 
 
@@ -79,7 +79,7 @@ def linear_add(
     ahead: torch.Tensor | None,
 ) -> None:
     if _skinny_serves(x, weight, bias, None):
-        skinny_gemm(x, weight, bias, residual, epilogue=ADD, ahead=ahead)
+        skinny_gemm(x, weight, bias, residual, epilogue=_ADD, ahead=ahead)
         return
     many = not takes_few_rows(*x.shape) and not profile.deterministic
     if not (many and lt_takes(x, weight) and cuda_lt.add_product(x, weight, bias, residual)):
@@ -93,7 +93,7 @@ def skinny_gemm(
     out: torch.Tensor,
     *,
     norm: Norm | None = None,
-    epilogue: int = STORE,
+    epilogue: int = _STORE,
     function: Function = "silu",
     ahead: torch.Tensor | None = None,
 ) -> None:

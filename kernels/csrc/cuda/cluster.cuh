@@ -47,15 +47,6 @@ __device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t rank) {
 #endif
 }
 
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
-#if OCTAVO_HAS_WARPGROUPS
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::
-                   "r"(barrier),
-               "r"(bytes)
-               : "memory");
-#endif
-}
-
 // A box of the matrix from (column, row) on, to this block's shared memory.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
                                          uint32_t barrier) {

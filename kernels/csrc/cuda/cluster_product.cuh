@@ -1,5 +1,5 @@
-// Products of stages that a cluster's ring brings: two warpgroups take 64 rows each of a stage's first
-// matrix, by all rows of its second (PTX ISA, "wgmma").
+// Products of stages that a cluster's ring brings: two warpgroups take 64 rows each of a stage's
+// first matrix, by all rows of its second (PTX ISA, "wgmma").
 #pragma once
 
 #include "cuda/cluster.cuh"
@@ -62,25 +62,24 @@ __device__ __forceinline__ void release_to_both(const Ring& ring, RingPosition a
   if (lane < kCluster) arrive_at(ring.empty(at), lane);
 }
 
-// d is the product of the stages of steps `from` to `to`, which begin at `at`. A stage's first matrix
-// takes `first_bytes`, its second lies behind it.
+// d is the product of so many stages, the first of which is at `at`. A stage's first matrix takes
+// `first_bytes`, its second lies behind it.
 template <typename T>
 __device__ __forceinline__ void multiply_stages(float (&d)[kTiles][4], const Ring& ring,
-                                                RingPosition& at, int from, int to,
-                                                int first_bytes) {
+                                                RingPosition& at, int steps, int first_bytes) {
   const uint32_t of_group = threadIdx.x / 128 * (first_bytes / 2);
   RingPosition before;
-  for (int step = from; step < to; ++step) {
+  for (int step = 0; step < steps; ++step) {
     ring.wait_filled(at);
     const uint32_t a = ring.stage(at) + of_group, b = ring.stage(at) + first_bytes;
     products_begin();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k) {
       multiply<T>(d, panel_descriptor(a + k * 32, 16), panel_descriptor(b + k * 32, 16),
-                  step > from || k > 0);
+                  step > 0 || k > 0);
     }
     products_end();
-    if (step > from) {
+    if (step > 0) {
       products_wait<1>();
       release_to_both(ring, before);
     }

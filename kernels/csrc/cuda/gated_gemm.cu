@@ -106,7 +106,7 @@ __device__ __forceinline__ void compute_tiles(const Task& task, const Ring& ring
   RingPosition at;
   for (Turns turns(task); turns.in(); turns.next()) {
     float d[kTiles][4];
-    multiply_stages<T>(d, ring, at, 0, task.steps, kXBytes);
+    multiply_stages<T>(d, ring, at, task.steps, kXBytes);
     store_tile<T>(d, task, turns.row(rank), turns.column());
   }
 }
@@ -137,15 +137,6 @@ __global__ void OCTAVO_CLUSTER __launch_bounds__(kThreads, 1)
 
 namespace {
 
-// Boxes of `box_rows` rows of a stage's columns.
-CUtensorMap map_of(DType dtype, const void* matrix, int64_t rows, int64_t columns, int64_t stride,
-                   int box_rows) {
-  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
-  const cuuint64_t strides[1] = {cuuint64_t(stride) * 2};
-  const cuuint32_t box[2] = {kDepth, cuuint32_t(box_rows)};
-  return tensor_map(dtype, matrix, 2, sizes, strides, box);
-}
-
 }  // namespace
 }  // namespace gated
 
@@ -169,8 +160,9 @@ void gated_gemm(const GatedGemm& args, cudaStream_t stream) {
   task.pairs = (task.rows + kCluster * kRows - 1) / (kCluster * kRows);
   task.total = task.pairs * (task.inner / kHalf);
   const int clusters = std::min(multiprocessors / kCluster, task.total);
-  const CUtensorMap x = map_of(args.dtype, args.x, args.rows, args.k, args.x_stride, kRows);
-  const CUtensorMap w = map_of(args.dtype, args.w, args.n, args.k, args.k, kHalf);
+  const CUtensorMap x =
+      tensor_map(args.dtype, args.x, args.rows, args.k, args.x_stride, kRows, kDepth);
+  const CUtensorMap w = tensor_map(args.dtype, args.w, args.n, args.k, args.k, kHalf, kDepth);
   with_half(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     static const bool allowed = allow_shared(gated_gemm_kernel<T>, kSharedBytes);

@@ -47,8 +47,9 @@ struct LayerStack {
   const void* head;           // [vocab, hidden]
   // How memory is asked, see persistent_producer.cuh; benchmarks try others.
   int ahead;                  // stages of layers under way at once; 0: as many as suit the sizes
-  int engine_tokens;          // longest chunk of cached tokens that the copy engine brings; below
-};                            // 0: what suits the sizes
+  int engine_tokens;          // longest chunk of cached tokens that the copy engine brings; -1: as
+                              // suits the sizes
+};
 
 // One token of each of `rows` sequences. A sequence of length 0 is a row of padding.
 struct DecodeRows {

@@ -70,25 +70,12 @@ __device__ __forceinline__ void copy_heads(uint32_t to, const char* keys, const 
   constexpr uint32_t kBytes = kDim * 2;
   const int lane = threadIdx.x % 32;
   const uint32_t bytes = __popc(__ballot_sync(~0u, there)) * 2 * kBytes;
-  if (lane == 0) {
-    asm volatile(
-        "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(
-            full),
-        "r"(bytes)
-        : "memory");
-  }
+  if (lane == 0) expect_bytes(full, bytes);
   __syncwarp();
-  const auto copy = [&](uint32_t place, const char* from) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1], %2, [%3], %4;" ::"r"(place),
-        "l"(from), "r"(kBytes), "r"(full), "l"(policy)
-        : "memory");
-  };
   to += lane * head_pitch(kDim);
   if (there) {
-    copy(to, keys);
-    copy(to + kTokens * head_pitch(kDim), values);
+    copy_bulk(to, keys, kBytes, full, policy);
+    copy_bulk(to + kTokens * head_pitch(kDim), values, kBytes, full, policy);
   }
   if (lane != 0) barrier_arrive(full);
 }

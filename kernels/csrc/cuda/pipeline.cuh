@@ -79,6 +79,28 @@ __device__ __forceinline__ uint64_t keep_policy() {
   return policy;
 }
 
+// An arrival, and bytes that have to come too before the barrier's phase ends.
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::
+                   "r"(barrier),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+// By the copy engine, from global to shared memory; the barrier hears of the bytes.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const char* from, uint32_t bytes,
+                                          uint32_t barrier, uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+#endif
+}
+
 // One warp copies up to 32 rows of `bytes` (a multiple of 16, as are all addresses and strides)
 // from global to shared memory; the barrier's phase ends when all of it is there.
 __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t to_stride, const void* from,
@@ -86,21 +108,11 @@ __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t to_stride, const
                                           uint32_t barrier, uint64_t policy) {
   const int lane = threadIdx.x % 32;
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
-    asm volatile(
-        "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(
-            barrier),
-        "r"(rows * bytes)
-        : "memory");
-  }
+  if (lane == 0) expect_bytes(barrier, rows * bytes);
   __syncwarp();
   if (lane < rows) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1], %2, [%3], %4;" ::"r"(to + lane * to_stride),
-        "l"(static_cast<const char*>(from) + lane * from_stride), "r"(bytes), "r"(barrier),
-        "l"(policy)
-        : "memory");
+    copy_bulk(to + lane * to_stride, static_cast<const char*>(from) + lane * from_stride, bytes,
+              barrier, policy);
   }
 #else
   (void)policy;

@@ -190,7 +190,8 @@ struct Limits {
 
 const Limits& limits() {
   static const Limits limits{
-      device_attribute(cudaDevAttrMultiProcessorCount), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+      device_attribute(cudaDevAttrMultiProcessorCount),
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
       device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
           device_attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
   return limits;
