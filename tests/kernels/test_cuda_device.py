@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from gpu import needs_gpu_module
 
 from octavo_kernels import ops
 from octavo_kernels.cuda_device import refusal
@@ -58,7 +59,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
     assert "no CUDA device 3, 1 can be seen" in str(refusal(H100, 3))
 
 
-@pytest.mark.skipif("cuda" not in ops.implementations("cuda"), reason="_cuda is not built")
+@needs_gpu_module
 def test_the_operation_raises_what_was_refused(monkeypatch) -> None:
     from octavo_kernels import _cuda
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import needs_gpu_module
 
 from octavo_kernels import ops
 
@@ -22,14 +23,10 @@ PACKAGE = ROOT / "kernels/octavo_kernels"
 native = pytest.mark.skipif(
     "cpu" not in ops.implementations(), reason="octavo_kernels._core is not built"
 )
-gpu_module = pytest.mark.skipif(
-    "cuda" not in ops.implementations("cuda"),
-    reason="octavo_kernels._cuda is not built: no nvcc was found",
-)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("_core", marks=native), pytest.param("_cuda", marks=gpu_module)]
+    "name", [pytest.param("_core", marks=native), pytest.param("_cuda", marks=needs_gpu_module)]
 )
 def test_stub_and_module_agree(name: str) -> None:
     """Function and parameter names of the stub are those that pybind11 wrote in the docstrings."""
@@ -62,7 +59,7 @@ def parameters_in_docstrings(owner: object) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("cpu", marks=native), pytest.param("cuda", marks=gpu_module)]
+    "name", [pytest.param("cpu", marks=native), pytest.param("cuda", marks=needs_gpu_module)]
 )
 def test_back_ends_take_what_the_reference_takes(name: str) -> None:
     """Equal names mean equal positional parameters; what a back end knows beyond comes after."""
@@ -81,7 +78,7 @@ def test_back_ends_take_what_the_reference_takes(name: str) -> None:
         assert got[: len(wanted)] == wanted, op
 
 
-@gpu_module
+@needs_gpu_module
 def test_the_gpu_module_imports_without_a_driver_and_says_what_is_missing() -> None:
     """It has the CUDA runtime within, so that no library's place matters."""
     module = importlib.import_module("octavo_kernels._cuda")
@@ -94,7 +91,7 @@ def test_the_gpu_module_imports_without_a_driver_and_says_what_is_missing() -> N
             ops.device_report()
 
 
-@gpu_module
+@needs_gpu_module
 def test_the_gpu_module_has_code_for_hopper_and_ptx_for_the_rest() -> None:
     """Read from the fat binaries' headers: a kind (1 PTX, 2 machine code) and an architecture."""
     module = importlib.import_module("octavo_kernels._cuda")

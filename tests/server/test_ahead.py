@@ -12,7 +12,7 @@ import llama_checkpoints
 import pytest
 import tiny_models
 import torch
-from gpu import needs_gpu_kernels
+from gpu import needs_gpu_kernels, needs_gpu_module
 from safetensors.torch import load_file, save_file
 
 from octavo.config import EngineConfig
@@ -21,7 +21,6 @@ from octavo.engine.model import check_model
 from octavo.engine.runner import Runner
 from octavo.engine.startup import Reporter, start
 from octavo.errors import ConfigError, ModelError
-from octavo_kernels import ops
 from octavo_kernels.cuda_upload import upload
 
 CUDA = torch.device("cuda", 0)
@@ -207,10 +206,6 @@ def test_nothing_here_brings_torch() -> None:
 
 # The compiled module.
 
-needs_module = pytest.mark.skipif(
-    "cuda" not in ops.implementations("cuda"), reason="octavo_kernels._cuda is not built"
-)
-
 
 def outcome(sent):
     end = time.monotonic() + PATIENCE_S
@@ -219,7 +214,7 @@ def outcome(sent):
     return sent
 
 
-@needs_module
+@needs_gpu_module
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_driver_the_error_is_told_when_it_is_waited_for(tmp_path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
@@ -229,7 +224,7 @@ def test_without_a_driver_the_error_is_told_when_it_is_waited_for(tmp_path) -> N
     assert sent.done == 0
 
 
-@needs_module
+@needs_gpu_module
 @pytest.mark.parametrize("piece", [(1, 0, 0, 3), (-1, 0, 0, 3), (0, -1, 0, 3), (0, 0, 510, 3)])
 def test_pieces_outside_of_files_and_memory_are_refused(piece, tmp_path) -> None:
     with pytest.raises(ValueError, match="outside"):

@@ -7,8 +7,12 @@ import torch
 
 from octavo_kernels import ops
 
+needs_gpu_module = pytest.mark.skipif(
+    "cuda" not in ops.implementations("cuda"),
+    reason="octavo_kernels._cuda is not built: no nvcc was found",
+)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-# ... and our kernels for it.
+# Both.
 needs_gpu_kernels = pytest.mark.skipif(
     "cuda" not in ops.implementations("cuda") or not torch.cuda.is_available(),
     reason="needs a CUDA device and octavo_kernels._cuda",

@@ -20,10 +20,12 @@ from octavo.checkpoint import TensorEntry
 from octavo.config import EngineConfig
 from octavo.cpus import cpu_limit
 from octavo.engine.model import CheckedModel, check_model
+from octavo.engine.tensors import FLOATS
 from octavo.models.family import Target
 from octavo.models.hf_config import read_config
 from octavo.models.parameters import parameter_shapes
 from octavo.models.registry import native_family
+from octavo.plan import DTYPE_BYTES
 from octavo_kernels.cuda_upload import Piece, Upload, upload
 
 if TYPE_CHECKING:  # torch is what all this does not wait for
@@ -31,8 +33,6 @@ if TYPE_CHECKING:  # torch is what all this does not wait for
 
     from octavo.models.decoder import Parameters
 
-# The files' name and the bytes of each type that a model runs in.
-_TYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 # As torch places tensors.
 ALIGNMENT = 512
 # A dozen bring more from the page cache than PCIe takes; one core is left for the import.
@@ -146,7 +146,7 @@ def plan(model: CheckedModel, dtype: str) -> Plan:
     """
     if model.family is None:
         raise ValueError("a model without a family has no places for its tensors")
-    name_of_type, itemsize = _TYPES[dtype]
+    itemsize = DTYPE_BYTES[dtype]
     shapes = parameter_shapes(model.spec)
     offsets, size = {}, 0
     for name, shape in shapes.items():
@@ -157,7 +157,7 @@ def plan(model: CheckedModel, dtype: str) -> Plan:
     left: dict[str, Target] = {}
     for name, target in _in_file_order(model.entries, model.family.targets(model.spec)):
         entry = model.entries[name]
-        if entry.dtype != name_of_type or target.arrange is not None:
+        if FLOATS[entry.dtype] != dtype or target.arrange is not None:
             left[name] = target
             continue
         row_bytes = math.prod(shapes[target.parameter][1:]) * itemsize

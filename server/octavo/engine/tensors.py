@@ -9,8 +9,8 @@ from octavo.checkpoint import TensorEntry
 from octavo.errors import ModelError, UnsupportedModelError
 from octavo.models.family import Target
 
-# The files' names of the types that weights may have.
-FLOATS = ("F32", "BF16", "F16", "F64")
+# The types that weights may have: the files' names, and torch's.
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def with_prefix(entries: dict[str, TensorEntry], prefix: str) -> dict[str, TensorEntry]:

@@ -15,6 +15,7 @@ from typing import Self
 import torch
 
 from octavo.checkpoint import TensorEntry
+from octavo.engine.tensors import FLOATS
 from octavo.errors import ModelError
 from octavo.models.decoder import Parameters
 from octavo.models.family import Target
@@ -27,12 +28,7 @@ READERS = 4
 GPU_READERS = 12
 GPU_CHUNK_BYTES = 4 << 20
 
-_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
-}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in FLOATS.items()}
 
 
 @dataclass(slots=True, frozen=True)
