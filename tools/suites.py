@@ -73,7 +73,7 @@ GPU = [
     Suite("sanitizer", 320, [PYTHON, "tools/sanitize.py"]),
 ]
 APISERVER = Suite(
-    "apiserver", 120, [PYTHON, "-m", "pytest", "-q", "tests", "-m", "apiserver and not slow"]
+    "apiserver", 140, [PYTHON, "-m", "pytest", "-q", "tests", "-m", "apiserver and not slow"]
 )
 PLANS: dict[str, list[Suite]] = {
     "check": [*CHECK, QUICK_UNIT],

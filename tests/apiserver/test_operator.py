@@ -243,7 +243,7 @@ def test_a_taken_name_is_told_and_nothing_is_overwritten(kube: Kube, operator: O
     assert found
     assert found["spec"]["ports"][0]["port"] == 80
     assert kube.get(DEPLOYMENTS, "tiny") is None
-    assert "NameTaken" in kube.events()
+    eventually(lambda: "NameTaken" in kube.events())
     kube.delete(SERVICES, "tiny")
     eventually(lambda: kube.replicas() == 1, seconds=20)
 
@@ -254,6 +254,7 @@ def test_what_the_api_server_refuses_is_told(kube: Kube, operator: Operator) -> 
     kube.service({"tolerations": [toleration]})
     eventually(lambda: kube.condition("Stalled").get("reason") == "ApplyRefused")
     assert "tolerations" in kube.condition("Stalled")["message"]
+    eventually(lambda: "ApplyRefused" in kube.events())
     versions = kube.versions()
     time.sleep(1)
     assert kube.versions() == versions, "a refusal is written once"
@@ -284,7 +285,7 @@ def test_a_bad_model_is_told_in_the_servers_words(
         assert kube.condition(kind)["reason"] == "ModelInvalid"
         assert kube.condition(kind)["message"] == message
     assert kube.condition("Ready")["status"] == "False"
-    assert kube.events()["ModelInvalid"] == message
+    eventually(lambda: kube.events().get("ModelInvalid") == message)
 
 
 def test_an_image_that_cannot_be_pulled(kube: Kube, operator: Operator) -> None:
@@ -351,7 +352,7 @@ def test_at_the_maximum_a_condition_says_so(
     loads.say("10.0.0.1", 100, waiting=900)
     eventually(lambda: kube.condition("ScalingLimited").get("status") == "True")
     assert "autoscaling.max = 3" in kube.condition("ScalingLimited")["message"]
-    assert kube.replicas() == 3
+    eventually(lambda: kube.replicas() == 3)
 
 
 def test_a_restart_under_load_keeps_the_replicas(

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kopf
-from kubernetes import config
+from kubernetes import client, config
 
 from octavo_operator.app import App
 from octavo_operator.cluster import Cluster
@@ -242,6 +243,23 @@ class FakeLoads:
         self._server.server_close()
 
 
+class _PausingClient(client.ApiClient):
+    """Pauses after each write of a status, before what is written next.
+
+    The operator writes the status first. A test that sees it and at once asserts an Event or a
+    count of replicas fails here each time, instead of once in a hundred runs on a busy machine.
+    """
+
+    PAUSE_SECONDS = 0.2
+    _status_written = False
+
+    def call_api(self, method: str, url: str, *rest: Any, **options: Any) -> Any:
+        if self._status_written:
+            time.sleep(self.PAUSE_SECONDS)
+        self._status_written = urlsplit(url).path.endswith("/status")
+        return super().call_api(method, url, *rest, **options)
+
+
 class Operator:
     """An operator in a thread of this process, serving one namespace."""
 
@@ -265,7 +283,8 @@ class Operator:
 
     @staticmethod
     def _connect(kube: Kube, metrics: Any) -> Cluster:
-        return Cluster(config.new_client_from_config(str(kube.kubeconfig)), metrics, "test")
+        api = _PausingClient(config.new_client_from_config(str(kube.kubeconfig)).configuration)
+        return Cluster(api, metrics, "test")
 
     def _run(self, arguments: Json) -> None:
         try:
