@@ -155,7 +155,8 @@ class Share:
             f"--log-file={log}.san", *([ONLY_OURS] if check.only_ours else []), *pytest, *files,
         ]  # fmt: skip
         shard = f"{self.shard}/{check.processes}+{self.behind}"
-        environment = dict(os.environ) | {"OCTAVO_TEST_SHARD": shard}
+        # Oracles on the CPU would otherwise start a thread a core in each of so many processes.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "OCTAVO_TEST_SHARD": shard}
         if check.fresh_memory:
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         with open(f"{log}.txt", "wb") as file:

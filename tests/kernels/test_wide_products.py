@@ -64,3 +64,19 @@ def test_none_slips_by() -> None:
             torch.mm(x, w.T, out=torch.empty(3, 10, dtype=BF16))
         with pytest.raises(NotImplementedError, match="half precision"):
             torch.zeros(3, 10, dtype=BF16).addmm_(x, w.T)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        torch.matmul,
+        lambda x, w: torch.nn.functional.linear(x, w.T),
+        lambda x, w: torch.einsum("ij,jk->ik", x, w),
+    ],
+)
+def test_none_slips_by_in_inference_mode(product) -> None:
+    x, w = normal(3, 16), normal(16, 10)
+    with WideProducts():
+        assert product(x, w).dtype == BF16
+        with torch.inference_mode(), pytest.raises(NotImplementedError, match="half precision"):
+            product(x, w)

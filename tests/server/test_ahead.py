@@ -156,6 +156,17 @@ def test_a_program_that_chose_another_gpu_keeps_the_first_free(
     assert (begun is not None) == begins
 
 
+def test_a_gpu_that_torch_cannot_use_is_named_by_who_needs_it(
+    tmp_path, memory, monkeypatch
+) -> None:
+    def forked() -> int:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", forked)
+    assert ahead.begin(config(llama_checkpoints.write(tmp_path))) is None
+
+
 def test_a_start_that_fails_gives_the_memory_back_at_once(tmp_path, monkeypatch) -> None:
     """Also while somebody keeps the error, and with it all that its frames hold."""
     made = []

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _HALVES = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
 _SERVED = (_aten.mm, _aten.addmm, _aten.mv, _aten.bmm, _aten.baddbmm)
-_PRODUCTS = (*_SERVED, _aten.addmm_, _aten.addmv_, _aten.baddbmm_, _aten.addbmm, _aten.dot)
+_OTHERS = (_aten.addmm_, _aten.addmv_, _aten.baddbmm_, _aten.addbmm, _aten.dot)
+# These come as one of the above, but whole in inference mode.
+_WHOLE = (_aten.linear, _aten.matmul, _aten.einsum)
+_PRODUCTS = (*_SERVED, *_OTHERS, *_WHOLE)
 
 
 class WideProducts(TorchDispatchMode):
@@ -24,7 +28,9 @@ class WideProducts(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        of_halves = any(isinstance(a, torch.Tensor) and a.dtype in _HALVES for a in args)
+        of_halves = any(
+            isinstance(a, torch.Tensor) and a.dtype in _HALVES for a in tree_leaves(args)
+        )
         if func.overloadpacket not in _PRODUCTS or not of_halves:
             return func(*args, **kwargs)
         if func not in [packet.default for packet in _SERVED]:  # none must slip by

@@ -135,9 +135,6 @@ __global__ void OCTAVO_CLUSTER __launch_bounds__(kThreads, 1)
 #endif
 }
 
-namespace {
-
-}  // namespace
 }  // namespace gated
 
 bool gated_gemm_serves(int64_t n, int64_t k, Function function, int device) {

@@ -96,7 +96,7 @@ struct Task {
   DecodeRows rows;
   Exchange exchange;
   int num_rows, num_layers, hidden, inner, heads, kv_heads, group, stages, block_shift;
-  int ahead, engine_tokens;  // LayerStack's
+  int ahead, engine_tokens;  // LayerStack's, decided
   int row_shift;     // of the power of two that the rows fit in
   Layout at;
   int64_t num_slots;

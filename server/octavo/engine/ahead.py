@@ -116,7 +116,12 @@ class Ahead:
 def _elsewhere() -> bool:
     """Whether a program that uses `LLM` has chosen another GPU: then the first is not touched."""
     chosen = sys.modules.get("torch")
-    return chosen is not None and chosen.cuda.is_available() and chosen.cuda.current_device() != 0
+    if chosen is None or not chosen.cuda.is_available():
+        return False
+    try:
+        return bool(chosen.cuda.current_device() != 0)
+    except RuntimeError:  # torch cannot use its GPU; whoever starts the model's names why
+        return True
 
 
 def begin(config: EngineConfig) -> Ahead | None:
