@@ -140,18 +140,18 @@ def parts(
         "weights": of(60, 15, weights, big),
         "vllm-8b": of(320 if cost else 270, 150, offline, "vllm", big, vllm_big),
         "serve-vllm": of(205 + load_s, 120 + load_s, serve, "vllm", big, 0),
-        "serve-octavo": of(105 + load_s, 55 + load_s, serve, "octavo", big, 0),
-        "vllm-0.6b": of(170, 100, offline, "vllm", small, SMALL_LOADS),
+        "serve-octavo": of(105 + load_s, 75 + load_s, serve, "octavo", big, 0),
+        "vllm-0.6b": of(170, 125, offline, "vllm", small, SMALL_LOADS),
         "cold-octavo": of(40, 10, serve, "octavo", big, 1, loaded=False),
         "sharing": of(60, 20, script, "sharing_gpu.py", "--model", small_word, *sharing),
         "sharing-8b": of(90, 30, script, "sharing_gpu.py", "--model", big_word, *sharing),
         "idle": of(60, 25, script, "idle.py", "--model", big_word),
         "cost-octavo": of(80, 40, script, "cost_model.py", "--model", big_word),
-        "cold-vllm": of(130, 60, serve, "vllm", big, 1, loaded=False),
+        "cold-vllm": of(130, 105, serve, "vllm", big, 1, loaded=False),
         "octavo-0.6b-again": of(70, 35, offline, "octavo", small, SMALL_LOADS),
         "octavo-8b-again": of(150, 70, offline, "octavo", big, BIG_LOADS),
         "transformers": of(90, 40, offline, "transformers", big, ["sharegpt"]),
-        "serve-octavo-again": of(105 + load_s, 55 + load_s, serve, "octavo", big, 2),
+        "serve-octavo-again": of(105 + load_s, 75 + load_s, serve, "octavo", big, 2),
     }
 
 
@@ -179,9 +179,16 @@ def run_part(sitting: Sitting, name: str, part: Part, end: float) -> None:
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> set[str]:
-    """The parts of a sitting that came to their end."""
-    failed = {row["part"] for row in rows if row["metric"] == "failed"}
-    return {row["part"] for row in rows if row["metric"] == "part"} - failed
+    """The parts of a sitting that came to their end, at the latest try."""
+    well: dict[str, bool] = {}
+    failed: set[str] = set()
+    for row in rows:
+        if row["metric"] == "failed":
+            failed.add(row["part"])
+        elif row["metric"] == "part":  # the last row of a try
+            well[row["part"]] = row["part"] not in failed
+            failed.discard(row["part"])
+    return {part for part, ended in well.items() if ended}
 
 
 def measure_ceilings(sitting: Sitting, end: float = float("inf")) -> None:

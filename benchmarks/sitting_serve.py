@@ -30,6 +30,7 @@ from sitting import (
     kill_group,
     wait_for_free_gpu,
 )
+from sitting_sections import OURS, PEER
 
 from octavo.bench.load import Target, run_load
 from octavo.bench.workloads import digest, draw
@@ -42,7 +43,7 @@ POLL_S = 0.05
 STOP_S = 15.0
 WARM_UP_REQUESTS = 64
 # Ours goes on capturing graphs in idle moments after its first token; then its log says this.
-PREPARED = {"octavo": OURS_PREPARED}
+PREPARED = {OURS: OURS_PREPARED}
 POISSON_SEED = 11
 # A Poisson load that is cut to less than this share of its time is none.
 LEAST_SHARE = 1 / 3
@@ -83,8 +84,8 @@ def _knobs(model: Model) -> list[str]:
 
 
 COMMANDS: dict[str, Callable[[Model, int], list[str]]] = {
-    "octavo": octavo_command,
-    "vllm": vllm_command,
+    OURS: octavo_command,
+    PEER: vllm_command,
 }
 
 
@@ -177,7 +178,7 @@ def start(sitting: Sitting, engine: str, model: Model) -> Server:
     """Start `engine` on the model's folder, once the device's memory is free."""
     wait_for_free_gpu()
     port = free_port()
-    env = sitting.environment(peer=engine != "octavo")
+    env = sitting.environment(peer=engine != OURS)
     log = sitting.scratch / f"{engine}-{port}.log"
     return Server(COMMANDS[engine](model, port), port, env, log)
 
@@ -190,6 +191,8 @@ def cold_start(sitting: Sitting, engine: str, model: Model, rep: int) -> Iterato
 
 def under_load(sitting: Sitting, engine: str, model: Model, rep: int) -> Iterator[dict[str, Any]]:
     """First token, warm-up, capacity, then Poisson arrivals at 70 % of vLLM's capacity."""
+    if engine == OURS and sitting.site and not _capacities(sitting.rows, PEER):
+        raise PartError("the peer's capacity, which sets the rate for both, is not measured yet")
     with start(sitting, engine, model) as server:
         yield _first_token(server, engine, rep, sitting.left)
         _allow_many_sockets()
@@ -206,8 +209,8 @@ def under_load(sitting: Sitting, engine: str, model: Model, rep: int) -> Iterato
             seconds = min(seconds, sitting.requests / rate)
         elif seconds < LEAST_SHARE * wanted:
             raise PartError(f"{sitting.left:.0f} s are left, too few for a load of its own")
-        target = server.target(sitting.left - seconds)
         count = poisson_count(sitting.rows, max(1, round(rate * seconds)))
+        target = server.target(sitting.left - count / rate)
         for row in _load(target, engine, model, rate, count, rep):
             yield row | {"rate_from": origin}
 
@@ -242,19 +245,30 @@ def poisson_rate(rows: Sequence[dict[str, Any]]) -> tuple[float, str]:
 
     The first capacity of a sitting counts, so that every engine gets the same rate.
     """
-    for engine in ("vllm", "octavo"):
-        for row in rows:
-            if row.get("load") == "capacity" and row.get("engine") == engine:
-                return round(SHARE_OF_CAPACITY * row["value"], 3), engine
+    for engine in (PEER, OURS):
+        for capacity in _capacities(rows, engine):
+            return round(SHARE_OF_CAPACITY * capacity, 3), engine
     raise PartError("no server's capacity was measured, so there is no rate to send at")
 
 
+def _capacities(rows: Sequence[dict[str, Any]], engine: str) -> list[float]:
+    """In requests a second, the first one first."""
+    return [
+        row["value"]
+        for row in rows
+        if (row.get("load"), row.get("engine"), row["metric"]) == ("capacity", engine, "req_s")
+    ]
+
+
 def poisson_count(rows: Sequence[dict[str, Any]], most: int) -> int:
-    """As many requests as the first server of the sitting got, which may have been short of time:
-    others are not compared.
+    """As many requests as the first server of the sitting got: others are not compared.
+
+    It may have been short of time. Raises `PartError` where there is time for fewer now.
     """
-    earlier = (row["requests"] for row in rows if row.get("load") == "poisson")
-    return min(most, next(earlier, most))
+    count: int = next((row["requests"] for row in rows if row.get("load") == "poisson"), most)
+    if count > most:
+        raise PartError(f"time for {most} requests; the other server got {count}")
+    return count
 
 
 def _load(

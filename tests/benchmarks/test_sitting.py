@@ -126,6 +126,9 @@ def test_what_was_skipped_or_failed_is_yet_to_be_measured(sitting: Sitting) -> N
     assert measured(sitting.rows) == {"a"}
     assert "**skipped** c" in table(sitting.rows)
     run_part(sitting, "c", Part(10, 1, good), end)
+    run_part(sitting, "b", Part(10, 1, good), end)
+    assert measured(sitting.rows) == {"a", "b", "c"}
+    run_part(sitting, "b", Part(10, 1, bad), end)
     assert measured(sitting.rows) == {"a", "c"}
     assert "**skipped** c" not in table(sitting.rows)
     assert "**skipped** d" in table(sitting.rows)
@@ -249,6 +252,14 @@ def test_the_rate_is_the_peers_and_else_our_own() -> None:
         poisson_rate([])
 
 
+def test_ours_waits_for_the_rate_that_a_peer_sets(sitting: Sitting) -> None:
+    """At a rate of its own it would have to be measured again."""
+    sitting.site = "/peers"
+    model = Model("m", sitting.scratch, {})
+    with pytest.raises(PartError, match="which sets the rate for both"):
+        next(under_load(sitting, "octavo", model, 0))
+
+
 # Checkpoints.
 
 
@@ -349,7 +360,8 @@ def test_the_second_server_gets_as_many_requests_as_the_first() -> None:
     earlier = [{"load": "capacity", "requests": 700}, {"load": "poisson", "requests": 662}]
     assert poisson_count(earlier[:1], 1146) == 1146
     assert poisson_count(earlier, 1146) == 662
-    assert poisson_count(earlier, 500) == 500
+    with pytest.raises(PartError, match="time for 500 requests; the other server got 662"):
+        poisson_count(earlier, 500)
 
 
 def of_script(metric: str, **detail: Any) -> dict[str, Any]:
