@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,12 +17,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from octavo.api.signals import signals_wait
 from octavo.config import ServeConfig
 from octavo.errors import ConfigError
 
 ENGINE_COMMAND = (sys.executable, "-m", "octavo.engine")
-# What tells the server to end. The server says when it is ready to hear it.
-END_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 # A unix socket's path has at most 107 bytes.
 MAX_FOLDER_CHARS = 80
 
@@ -31,7 +29,7 @@ MAX_FOLDER_CHARS = 80
 def serve(config: ServeConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Serve until told to stop or until the engine is lost; return the process's exit code."""
     with (
-        _signals_wait(),
+        signals_wait(),
         contextlib.closing(listen(config.host, config.port)) as listener,
         _socket_folder() as folder,
         _engine(engine_command, folder, config.engine.to_json()) as engine,
@@ -57,23 +55,6 @@ def listen(host: str, port: int) -> socket.socket:
     # not: a small write would wait for the client to acknowledge the one before, up to 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
-
-
-def hear_signals() -> None:
-    """Have the signals that came meanwhile, and those to come, handled from now on."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Hold signals back until there are handlers: by default they would end this process alone,
-    or, where it is a container's first, be lost.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
-    try:
-        yield
-    finally:
-        hear_signals()
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ import uvicorn
 from octavo.api.direct import DirectProtocol
 from octavo.api.engine_client import EngineClient
 from octavo.api.engine_process import EngineProcess
-from octavo.api.launch import END_SIGNALS, hear_signals
 from octavo.api.lifecycle import State
 from octavo.api.limits import KEEP_ALIVE_S, MAX_HEADER_BYTES
 from octavo.api.routes import build_app
 from octavo.api.serving import Serving
+from octavo.api.signals import END_SIGNALS, hear_signals
 from octavo.config import ServeConfig, keep_tokenizer_single_threaded, model_source
 from octavo.errors import ExitCode, OctavoError
 from octavo.text.loader import load_text_side
