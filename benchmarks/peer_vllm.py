@@ -47,7 +47,6 @@ def main(folder: Path, loads: list[str], max_model_len: int, count: int | None) 
         return seconds
 
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    generate(draw("uniform", vocab_size, 16, seed=1))
     for load in loads:
         if load == "cost":
             points = [*measure_points(generate, vocab_size, max_model_len)]

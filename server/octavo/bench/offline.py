@@ -49,7 +49,6 @@ def run_offline(
         "prepared_s": round(time.perf_counter() - started, 3),
         "version": __version__,
     }
-    _generate(llm, draw("uniform", llm.vocab_size, 16, seed=1), temperature)
     steps = _StepTimes(llm)
     for name in workloads:
         requests = draw(name, llm.vocab_size, count)
