@@ -154,19 +154,22 @@ def test_a_block_is_found_only_when_the_step_that_filled_it_came_back():
 
 
 @pytest.mark.parametrize(
-    "asked",
+    ("asked", "waits"),
     [
-        {"repetition_penalty": 1.2},
-        {"use_beam_search": True, "temperature": 0, "best_of": 2},
+        ({"repetition_penalty": 1.2}, False),
+        ({"typical_p": 0.5}, False),
+        ({"typical_p": 0.5, "repetition_penalty": 1.2}, True),
+        ({"use_beam_search": True, "temperature": 0, "best_of": 2}, True),
     ],
 )
-def test_nothing_is_planned_after_a_step_whose_tokens_the_host_must_see(asked):
+def test_nothing_is_planned_after_a_step_whose_tokens_the_host_must_see(asked, waits):
     engine = scheduler(budget=4)
     engine.add("a", [5] * 6, params(**asked))
-    engine.plan()
+    first = engine.plan()
     assert engine.may_plan, "a chunk of a prompt draws nothing"
     engine.plan()
-    assert not engine.may_plan
+    commit(engine, first)
+    assert engine.may_plan == (not waits)
 
 
 def test_a_group_that_is_rebuilt_is_not_planned_ahead():
