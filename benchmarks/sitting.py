@@ -22,6 +22,8 @@ from typing import Any
 from octavo.bench.limits import Ceilings
 from octavo.bench.workloads import SHAPES, write_shape, write_tokenizer
 
+# Engines by name: the peer is who ours is held against, and sets the rate of a Poisson load.
+OURS, PEER = "octavo", "vllm"
 # The knobs that are the same for every engine.
 MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = 512

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sitting import MAX_NUM_SEQS, PASSES, PASSES_S, Model, PartError, Serving, Sitting, elapsed
+from sitting import (
+    MAX_NUM_SEQS,
+    OURS,
+    PASSES,
+    PASSES_S,
+    PEER,
+    Model,
+    PartError,
+    Serving,
+    Sitting,
+    elapsed,
+)
 from sitting_serve import cold_start, under_load
 
 from octavo.bench.limits import Ceilings, least_seconds
@@ -41,7 +52,7 @@ def offline(sitting: Sitting, engine: str, shape: str, loads: list[str]) -> Rows
     model = Model.of(shape, sitting.scratch)
     words = offline_command(engine, shape, model, loads, sitting.requests)
     own = {"engine": engine, "version": None, "shape": model.name}
-    for row in sitting.run(words, peer=engine == "vllm"):
+    for row in sitting.run(words, peer=engine == PEER):
         own["version"] = row.get("version", own["version"])
         yield own | measurement(row, model, sitting)
 
@@ -52,7 +63,7 @@ def offline_command(
     """What runs one engine over some workloads and prints a JSON line for each pass."""
     count = [] if requests is None else [str(requests)]
     length = str(model.max_model_len)
-    if engine == "octavo":
+    if engine == OURS:
         return [
             sys.executable, "-m", "octavo.cli", "bench", "offline", _word(shape),
             "--workload", *loads, "--max-model-len", length, "--max-num-seqs", str(MAX_NUM_SEQS),

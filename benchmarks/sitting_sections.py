@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sitting import OURS, PEER
+
 Rows = Sequence[Mapping[str, Any]]
-OURS, PEER = "octavo", "vllm"
 
 SERVED = (
     ("capacity", "req_s", "all at once, requests/s"),
@@ -78,7 +79,7 @@ def served(rows: Rows) -> str:
             both = ours and theirs and len(asked[load]) == 1  # else the requests differ
             share = f"{statistics.median(ours) / statistics.median(theirs):.2f}" if both else "–"
             lines.append((name, spread(ours), spread(theirs), share))
-    text = markdown(("load", "octavo", "vllm", "ratio"), lines)
+    text = markdown(("load", OURS, PEER, "ratio"), lines)
     sent = sorted(rate for _, rate in asked["poisson"] if rate)
     return text + (f"\n\nPoisson arrivals a second: {', '.join(map(str, sent))}" if sent else "")
 

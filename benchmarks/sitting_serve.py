@@ -24,13 +24,14 @@ from sitting import (
     BLOCK_SIZE,
     MAX_NUM_SEQS,
     MEMORY,
+    OURS,
+    PEER,
     Model,
     PartError,
     Sitting,
     kill_group,
     wait_for_free_gpu,
 )
-from sitting_sections import OURS, PEER
 
 from octavo.bench.load import Target, run_load
 from octavo.bench.workloads import digest, draw

@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sitting_sections import OURS, PEER, Rows, markdown, sections, spread
+from sitting import OURS, PEER
+from sitting_sections import Rows, markdown, sections, spread
 
 STATIC = "transformers"
 SERVER_LOADS = ("capacity", "poisson", "cold-start")

@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 _HALVES = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
-_SERVED = (_aten.mm, _aten.addmm, _aten.mv, _aten.bmm, _aten.baddbmm)
-_OTHERS = (_aten.addmm_, _aten.addmv_, _aten.baddbmm_, _aten.addbmm, _aten.dot)
-# These come as one of the above, but whole in inference mode.
-_WHOLE = (_aten.linear, _aten.matmul, _aten.einsum)
-_PRODUCTS = (*_SERVED, *_OTHERS, *_WHOLE)
+_SERVED = [p.default for p in (_aten.mm, _aten.addmm, _aten.mv, _aten.bmm, _aten.baddbmm)]
+# The last three come as one of those above, but in inference mode as they are.
+_OTHERS = [
+    _aten.addmm_, _aten.addmv_, _aten.baddbmm_, _aten.addbmm, _aten.dot,
+    _aten.linear, _aten.matmul, _aten.einsum,
+]  # fmt: skip
+_PRODUCTS = {*(func.overloadpacket for func in _SERVED), *_OTHERS}
 
 
 class WideProducts(TorchDispatchMode):
@@ -33,7 +35,7 @@ class WideProducts(TorchDispatchMode):
         )
         if func.overloadpacket not in _PRODUCTS or not of_halves:
             return func(*args, **kwargs)
-        if func not in [packet.default for packet in _SERVED]:  # none must slip by
+        if func not in _SERVED:  # nothing may slip by to the library: the tool would die of it
             raise NotImplementedError(f"{func} of half precision")
         wide = (a.double() if isinstance(a, torch.Tensor) else a for a in args)
         return func(*wide, **kwargs).to(args[0].dtype)
