@@ -16,7 +16,8 @@ place are shown once. At last there is a line for each file of kernels, and the 
 
 Standard library only; compute-sanitizer comes with the CUDA toolkit. racecheck took some waits on
 mbarriers for races until 2025.4 and 2026.1, says NVIDIA: the first in PATH is taken, before the
-toolkit's own.
+toolkit's own. It follows no order through __syncwarp to an mbarrier (2026.3): for it every lane of
+a warp that leaves a stage arrives by itself, see kernels/csrc/cuda/launch.h, releasing_lanes().
 """
 
 from __future__ import annotations
@@ -157,6 +158,8 @@ class Share:
         shard = f"{self.shard}/{check.processes}+{self.behind}"
         # Oracles on the CPU would otherwise start a thread a core in each of so many processes.
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "OCTAVO_TEST_SHARD": shard}
+        if check.tool == "racecheck":
+            environment["OCTAVO_TEST_RELEASING_LANES"] = "32"
         if check.fresh_memory:
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         with open(f"{log}.txt", "wb") as file:

@@ -3,7 +3,8 @@
 OCTAVO_TEST_SHARD=2/8 keeps every eighth test from the third on: first those marked `smallest`, as
 they stand, then of the rest one of each function, a second of each, and so on, each time in an
 order that is the same everywhere and of no meaning, so that a shard that is stopped by the clock
-has seen some of everything. 2/8+5 goes on behind the fifth of these.
+has seen some of everything. 2/8+5 goes on behind the fifth of these. OCTAVO_TEST_RELEASING_LANES
+is `_cuda.set_releasing_lanes`'s argument.
 """
 
 import inspect
@@ -18,6 +19,13 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "support"), str(HERE)]
+
+
+def pytest_configure() -> None:
+    if lanes := os.environ.get("OCTAVO_TEST_RELEASING_LANES"):
+        from octavo_kernels import _cuda
+
+        _cuda.set_releasing_lanes(int(lanes))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

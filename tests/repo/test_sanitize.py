@@ -40,6 +40,7 @@ words = dict(re.fullmatch("--([a-z-]+)=(.*)", w).groups() for w in sys.argv[1:] 
 pathlib.Path(words["log-file"]).write_text("========= COMPUTE-SANITIZER\\n" + {said!r})
 begin = int(os.environ["OCTAVO_TEST_SHARD"].partition("+")[2])
 tests = {tests!r}[begin:]
+print("lanes: " + os.environ.get("OCTAVO_TEST_RELEASING_LANES", "unsaid"))
 for test, _ in tests:
     print("to run: " + test)
 for test, end in tests:
@@ -84,6 +85,12 @@ def test_a_clean_run(tmp_path) -> None:
     assert said.splitlines()[-1] == (
         "CLEAN: synccheck had each kernel at its smallest, and reported nothing of ours"
     )
+
+
+@pytest.mark.parametrize(("tool", "lanes"), [("racecheck", "32"), ("memcheck", "unsaid")])
+def test_every_lane_leaves_a_stage_by_itself_for_racecheck_alone(tmp_path, tool, lanes) -> None:
+    run(tmp_path, only=tool)
+    assert f"lanes: {lanes}\n" in (tmp_path / f"out/{tool}-0.txt").read_text()
 
 
 def test_reports_of_ours_fail_and_others_are_told_apart(tmp_path) -> None:

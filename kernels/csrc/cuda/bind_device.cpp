@@ -32,6 +32,8 @@ void bind_device(py::module_& m) {
   m.def("device_report", &report, "device"_a);
   m.def("set_overlap", [](bool on) { overlap() = on; }, "on"_a,
         "Whether a kernel may begin before the one ahead of it has ended.");
+  m.def("set_releasing_lanes", [](int lanes) { releasing_lanes() = lanes; }, "lanes"_a,
+        "How many lanes of a warp give a stage back, 1 or 32; for racecheck, see launch.h.");
 }
 
 }  // namespace octavo::cuda

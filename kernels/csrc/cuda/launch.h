@@ -38,6 +38,14 @@ inline bool& overlap() {
   return on;
 }
 
+// How many lanes of a warp arrive when it leaves a stage of a Ring: one, behind a __syncwarp that
+// orders the others' loads before it. 32 is for racecheck, which does not follow an order through
+// __syncwarp to an mbarrier (2026.3) and calls the loads of all lanes but the arriving one a race.
+inline int& releasing_lanes() {
+  static int lanes = 1;
+  return lanes;
+}
+
 // Launch on the stream; `shared` is dynamic shared memory in bytes. Above 48 KiB the kernel must
 // have been allowed it, see allow_shared(). A grid with no blocks is no work. Devices before
 // compute capability 9.0 ignore the second attribute. By the first all kernels divide a

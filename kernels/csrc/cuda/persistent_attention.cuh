@@ -216,7 +216,7 @@ __device__ __forceinline__ int take_item(const Task& task, const Item& item, con
       take_tokens<T, kDim>(running, queries, keys, values, count, task.scale);
     }
     if (fresh) break;
-    ring.release(at);
+    ring.release(at, task.releasing_lanes);
     at.advance(ring.stages);
   }
   return min(tiles + item.last, kWarps);

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   extern __shared__ __align__(128) uint8_t memory[];
   allow_next();
   const Shared shared{task, memory};
-  if (threadIdx.x == kThreads) shared.ring().init(kWarps, kFillers);
+  if (threadIdx.x == kThreads) shared.ring().init(kWarps * task.releasing_lanes, kFillers);
   const auto* table = reinterpret_cast<const uint64_t*>(task.stack.layers);
   for (int i = threadIdx.x; i < task.num_layers * int(sizeof(DecoderLayer) / 8); i += blockDim.x) {
     reinterpret_cast<uint64_t*>(shared.table())[i] = __ldg(table + i);
@@ -223,6 +223,7 @@ Task task_of(const LayerStack& stack, int64_t rows) {
   const int besides = Layout(stack, task.num_rows, 0, most_units).bytes;
   task.stages = (device().shared - besides) / Ring::bytes(1, kStageBytes);
   task.at = Layout(stack, task.num_rows, task.stages, most_units);
+  task.releasing_lanes = releasing_lanes();
   const bool quick = waits_for_words(stack);
   task.ahead = quick ? kStreaming - 1 : kStreaming;
   if (stack.ahead > 0) task.ahead = std::min(stack.ahead, task.stages - 1);

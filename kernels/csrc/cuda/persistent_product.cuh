@@ -151,7 +151,7 @@ __device__ __forceinline__ void multiply_pass(const Task& task, const Shared& sh
     }
     float pairs[2][2];
     skinny::multiply_w<T>(w, x, 0, pairs);
-    ring.release(now);
+    ring.release(now, task.releasing_lanes);
     sums[0] += pairs[0][0] + pairs[1][0];
     sums[1] += pairs[0][1] + pairs[1][1];
     if (!ends) continue;

@@ -179,7 +179,7 @@ struct Ring {
   __device__ uint32_t full(RingPosition at) const { return barriers + at.stage * 16; }
   __device__ uint32_t empty(RingPosition at) const { return barriers + at.stage * 16 + 8; }
 
-  // By one thread, before a block barrier.
+  // By one thread, before a block barrier. `readers`: arrivals that free a stage.
   __device__ void init(int readers, int fillers = kFillArrivals) const {
     for (RingPosition at; at.stage < stages; ++at.stage) {
       barrier_init(full(at), fillers);
@@ -190,12 +190,13 @@ struct Ring {
   // By a whole warp that has read a stage. The fence holds the arrival back until the warp's loads
   // are done: loads and the copy engine's writes are of different proxies (PTX ISA, "Async proxy"),
   // and without it the arrival overtakes loads in flight and a row is overwritten while it is read.
-  __device__ void release(RingPosition at) const {
+  // So many lanes arrive: see releasing_lanes().
+  __device__ void release(RingPosition at, int lanes) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty(at));
+    if (int(threadIdx.x % 32) < lanes) barrier_arrive(empty(at));
   }
   __device__ void wait_filled(RingPosition at) const { barrier_wait(full(at), at.parity); }
   __device__ void wait_free(RingPosition at) const { barrier_wait(empty(at), at.parity ^ 1); }

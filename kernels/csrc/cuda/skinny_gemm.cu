@@ -130,7 +130,7 @@ __device__ void multiply(const Task& task, const Share& share, const Ring& ring,
         if (group >= count) break;
         ring.wait_filled(at);
         multiply_stage<T, kWide>(ring.stage(at), k - column, x, sums[group]);
-        if (refills-- > 0) ring.release(at);
+        if (refills-- > 0) ring.release(at, task.releasing_lanes);
         at.advance(ring.stages);
       }
     }
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads + 32, kWide ? 1 : 2)
   allow_next();
   const Ring ring(shared, task.stages, kStageBytes);
   const Share share(task);
-  if (threadIdx.x == kThreads) ring.init(kWarps);
+  if (threadIdx.x == kThreads) ring.init(kWarps * task.releasing_lanes);
   __syncthreads();
   if (threadIdx.x >= kThreads) {
     fill_ring(task, share, ring);
@@ -242,7 +242,8 @@ void skinny_gemm(const SkinnyGemm& args, cudaStream_t stream) {
                                 " rows of " + std::to_string(args.k));
   }
   const int64_t outputs = args.epilogue == Epilogue::kGated ? args.n / 2 : args.n;
-  const skinny::Task task{args, int((outputs + skinny::kGroup - 1) / skinny::kGroup), 0, 0};
+  const int units = int((outputs + skinny::kGroup - 1) / skinny::kGroup);
+  const skinny::Task task{args, units, 0, 0, releasing_lanes()};
   switch (args.dtype) {
     case DType::kBFloat16:
       return skinny::run<__nv_bfloat16>(task, stream);
