@@ -4,9 +4,10 @@
     python benchmarks/peer_vllm.py FOLDER cost 4096        # the peer's, by the same calls
 
 Both engines are asked for the same through `generate`: so many prompts of one length, drawn to two
-output lengths. The longer run has that many more steps of the whole batch and nothing else more, so
-its surplus is a point without prompt tokens; a prompt that is drawn from once is a point of one
-step. Of our own engine the steps of a saturated run are recorded besides, and fitted alike.
+output lengths, of which the shorter outlasts the computing of all prompts. So the longer run has
+that many more steps of the whole batch and nothing else more: its surplus is a point without prompt
+tokens; a prompt that is drawn from once is a point of one step. Of our own engine the steps of a
+saturated run are recorded besides, and fitted alike.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ Generate = Callable[[list[Request]], float]
 # Sequences and the tokens of each one's prompt, and single prompts of one step.
 GRID = ((1, 256), (1, 2048), (8, 256), (8, 2048), (64, 256), (64, 1024), (256, 256), (256, 512))
 PROMPTS = (256, 512, 1024, 2048)
-SHORT, LONG = 32, 96
+# Prompt tokens that a step of either engine takes at least while prompts wait.
+STEP_TOKENS = 2048
+SHORT, LONG = 96, 160
+# Steps whose mean is a point: when a host is late, one step seems longer and the next shorter.
+STEPS_TOGETHER = 8
 REPEAT = 3
 TERMS = 4
 FIRST_ID = 10
@@ -136,6 +141,14 @@ def measure_points(generate: Generate, vocab_size: int, max_model_len: int) -> I
             yield decode_point(count, length, short, long)
 
 
+def means(points: Sequence[Point], together: int = STEPS_TOGETHER) -> list[Point]:
+    """The means of so many steps each in their order, which the same coefficients hold for."""
+    columns = np.array([(p.sequences, p.kv_tokens, p.prompt_tokens, p.seconds) for p in points])
+    whole = len(points) // together * together
+    found = columns[:whole].reshape(-1, together, TERMS).mean(axis=1)
+    return [Point(*map(float, row)) for row in found]
+
+
 def rows(shape: str, engine: str, method: str, points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     """What is kept: the fit, and the points where they are few."""
     what = {"metric": "cost_model", "shape": shape, "engine": engine, "method": method}
@@ -170,7 +183,7 @@ def octavo(model: str, max_num_seqs: int) -> Iterator[dict[str, Any]]:
     recorded: list[Point] = []
     record(loop, recorded)
     generate([fits(r, most) for r in draw("sharegpt", llm.vocab_size, max_num_seqs)])
-    yield from rows(model, "octavo", "steps", recorded)
+    yield from rows(model, "octavo", "steps", means(recorded))
 
 
 def record(loop: Any, into: list[Point]) -> None:

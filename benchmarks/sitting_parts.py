@@ -155,7 +155,7 @@ def parts(
         "vllm-0.6b": of(170, 125, offline, "vllm", small, SMALL_LOADS),
         "cold-octavo": of(40, 10, serve, "octavo", big, 1, loaded=False),
         "sharing": of(60, 20, script, "sharing_gpu.py", "--model", small_word, *sharing),
-        "sharing-8b": of(90, 30, script, "sharing_gpu.py", "--model", big_word, *sharing),
+        "sharing-8b": of(120, 30, script, "sharing_gpu.py", "--model", big_word, *sharing),
         "idle": of(60, 25, script, "idle.py", "--model", big_word),
         "cost-octavo": of(80, 40, script, "cost_model.py", "--model", big_word),
         "cold-vllm": of(130, 105, serve, "vllm", big, 1, loaded=False),

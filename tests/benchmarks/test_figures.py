@@ -1,5 +1,6 @@
 """The arithmetic behind the benchmarks' figures: a step's cost, a GPU's idle share, sharing off."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cost_model
@@ -99,6 +100,51 @@ def test_runs_of_an_engine_give_its_coefficients() -> None:
     assert found.b_us == pytest.approx(7, rel=0.05)
     assert found.c_ns == pytest.approx(40, rel=0.05)
     assert found.e_us == pytest.approx(24, rel=0.01)
+
+
+def run_with_decodes_for_nothing(requests) -> float:
+    """Seconds of an engine whose steps with prompts hide what they decode."""
+    length, output = len(requests[0].prompt), requests[0].output
+    left, drawn, seconds = [length] * len(requests), [], 0.0
+    while left or drawn:
+        prompt = min(sum(left), cost_model.STEP_TOKENS)
+        decodes = (0, 0) if left else (len(drawn), sum(length + n for n in drawn))
+        seconds += cost(*decodes, prompt)
+        drawn = [n + 1 for n in drawn if n + 1 < output]
+        while prompt:
+            taken = min(prompt, left[0])
+            prompt, left[0] = prompt - taken, left[0] - taken
+            if not left[0]:
+                drawn += [1] * (output > 1)
+                del left[0]
+    return seconds
+
+
+def test_a_surplus_has_nothing_of_steps_with_prompts() -> None:
+    found = [p for p in measure_points(run_with_decodes_for_nothing, 1000, 4096) if p.kv_tokens]
+    assert len(found) == len(GRID)
+    for point in found:
+        each = cost(point.sequences, point.kv_tokens, 0)
+        assert point.seconds == pytest.approx(each, rel=0.02), point
+
+
+def test_means_of_steps_have_the_same_coefficients_though_some_seem_late() -> None:
+    """Of two steps one after the other, nearly all of the second's seconds are the first's."""
+    steps = [
+        Point(s, s * context, prompt, cost(s, s * context, prompt))
+        for s in range(1, 40)
+        for context, prompt in ((10, 2048), (90, 2048), (10, 64), (70, 0), (800, 0), (3000, 0))
+    ]
+    late = []
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        moved = 0.99 * second.seconds
+        late += [replace(first, seconds=first.seconds + moved)]
+        late += [replace(second, seconds=second.seconds - moved)]
+    assert fit(late).worst_error > 0.5
+    found = fit(cost_model.means(late))
+    assert (found.a_ms, found.b_us) == pytest.approx((5, 7), rel=0.01)
+    assert (found.c_ns, found.e_us) == pytest.approx((40, 24), rel=0.01)
+    assert found.points == len(late) // cost_model.STEPS_TOGETHER
 
 
 def test_only_what_the_context_allows_is_measured() -> None:
