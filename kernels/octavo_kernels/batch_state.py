@@ -8,57 +8,23 @@ nothing from the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from octavo_kernels.dispatch import run
 from octavo_kernels.match import Arg, match
-from octavo_kernels.record import FLAG_SAMPLES, FLAG_WRITES, RECORD, RECORD_WORDS
+from octavo_kernels.record import (
+    FLAG_SAMPLES,
+    FLAG_WRITES,
+    RECORD,
+    RECORD_WORDS,
+    BatchState,
+    StepBuffers,
+)
 
 __all__ = [
     "FLAG_SAMPLES", "FLAG_WRITES", "RECORD", "RECORD_WORDS", "BatchState", "StepBuffers",
     "apply_updates", "build_inputs", "record_tokens",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class BatchState:
-    """int32 tensors: `records` [rows, RECORD_WORDS]; `tables` [rows, width], for each block_size
-    tokens one entry a KV group; `batch` [rows], the row of each sequence of the step or -1;
-    `query_start` [rows + 1]; `token_at` [rows], where a sequence's tokens begin in `chunk`
-    [tokens], or -1 for the one token in its record.
-    """
-
-    records: torch.Tensor
-    tables: torch.Tensor
-    batch: torch.Tensor
-    token_at: torch.Tensor
-    query_start: torch.Tensor
-    chunk: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class StepBuffers:
-    """What a step is given, as large as any step may be.
-
-    int64 `token_ids`, `positions` [tokens] and `slots` [groups, tokens]; int32 `seq_lens` [rows]
-    and `block_tables` [groups, rows, width]; of each sequence the parameters of its draw: float32
-    `temperature`, `top_p`, `min_p`, int32 `top_k`, `adjusted`, int64 `stream`, `count` [rows].
-    """
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    stream: torch.Tensor
-    count: torch.Tensor
-    adjusted: torch.Tensor
 
 
 def apply_updates(words: torch.Tensor, message: torch.Tensor, stretches: int) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 import octavo_kernels._cuda as _cuda
 from octavo_kernels.native import stream_of
-
-if TYPE_CHECKING:
-    from octavo_kernels.batch_state import BatchState, StepBuffers
+from octavo_kernels.record import BatchState, StepBuffers
 
 
 def apply_updates(words: torch.Tensor, message: torch.Tensor, stretches: int) -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from octavo_kernels.record import FLAG_SAMPLES, FLAG_WRITES, RECORD
-
-if TYPE_CHECKING:
-    from octavo_kernels.batch_state import BatchState, StepBuffers
+from octavo_kernels.record import FLAG_SAMPLES, FLAG_WRITES, RECORD, BatchState, StepBuffers
 
 
 def apply_updates(words: torch.Tensor, message: torch.Tensor, stretches: int) -> None:
