@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections import Counter
@@ -20,15 +21,23 @@ MAX_MODEL_LEN = 4096
 
 
 def start(model: str, **options: Any) -> LLM:
-    """An engine without a tokenizer; the weights of one of `SHAPES` are random."""
+    """An engine without a tokenizer; the weights of one of `SHAPES` are random.
+
+    What is there when it has started is no garbage and is not looked through for any, as in the
+    server's engine process.
+    """
     options = {
         "skip_tokenizer_init": True, "enable_prefix_caching": False, "max_model_len": MAX_MODEL_LEN,
     } | options  # fmt: skip
-    if model not in SHAPES:
-        return LLM(model, **options)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = str(write_shape(model, Path(scratch)))
-        return LLM(folder, load_format="dummy", dtype="bfloat16", **options)
+    if model in SHAPES:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = str(write_shape(model, Path(scratch)))
+            llm = LLM(folder, load_format="dummy", dtype="bfloat16", **options)
+    else:
+        llm = LLM(model, **options)
+    gc.collect()
+    gc.freeze()
+    return llm
 
 
 class HostTimes:
