@@ -143,7 +143,19 @@ def test_the_best_continuations_are_those_of_all_in_order(scores, drawn):
         if score > -math.inf
         for token, logprob in enumerate(lists[branch])
     ]
-    assert beam._ranked() == sorted(every, key=lambda one: -one[0])[: beam.num_candidates]
+    assert list(beam._ranked()) == sorted(every, key=lambda one: -one[0])
+
+
+def test_stop_ids_leave_enough_candidates_to_go_on():
+    beam = BeamSearch(
+        width=3, length_penalty=1.0, early_stopping=False, max_new_tokens=9,
+        stop_ids=frozenset({4, 5}),
+    )  # fmt: skip
+    drawn = TokenLogprobs(4, -0.1, 1, [4, 5, 6, 7, 8], [-0.1, -0.2, -0.3, -0.4, -0.5])
+    assert beam.num_candidates == len(drawn.top_ids)
+    beam.candidates = dict.fromkeys(range(3), drawn)  # at first they are all alike
+    assert beam.advance(0, lambda _: []) == [(0, 6), (0, 7), (0, 8)]
+    assert [(one.score, one.stop_token_id) for one in beam.finished] == [(-0.1, 4), (-0.2, 5)]
 
 
 @given(left=st.lists(st.integers(0, 1)), right=st.lists(st.integers(0, 1)))

@@ -3,24 +3,24 @@ it is over.
 
 The rules are those of transformers' `generate(num_beams=…)`, to the token. In each step the best
 continuations of all branches are ranked together. Those that stop become hypotheses if they are
-among the best `width`; the best `width` of the others go on. There are as many candidates as it
-takes for `width` of them not to stop.
+among the best `width`; the best `width` of the others go on. Of each branch as many candidates are
+known as may be looked at before that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from operator import itemgetter
-from typing import NamedTuple
+from heapq import heapify, heappop, heapreplace
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.sequence import Sequence, common_prefix
 from octavo.logprobs import TokenLogprobs
 
-_SCORE = itemgetter(0)
+# What a branch becomes: the branch of this number, and this token id more.
+Step = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,6 @@ class Hypothesis:
     score: float
     token_ids: list[int]
     stop_token_id: int | None
-
-
-class Step(NamedTuple):
-    """What a branch becomes: the branch `parent`, and one token more."""
-
-    parent: int
-    token_id: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,13 +51,10 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """Continuations to be ranked, and so to be known of each branch."""
-        return max(2, 1 + len(self.stop_ids)) * self.width
-
-    @property
-    def complete(self) -> bool:
-        """True when every branch has brought its candidates."""
-        return len(self.candidates) == self.width
+        """Continuations to be known of each branch: all that go on may be its own, and before the
+        last of them no more of its own stop than there are stop ids.
+        """
+        return self.width + len(self.stop_ids)
 
     def advance(self, length: int, output_of: Callable[[int], list[int]]) -> list[Step]:
         """Take the step for branches that have drawn `length` tokens; empty when it is the last.
@@ -77,12 +67,12 @@ class BeamSearch:
         for place, (score, parent, token_id) in enumerate(self._ranked()):
             stops = token_id in self.stop_ids
             if not stops and not ends:
-                going.append((score, Step(parent, token_id)))
+                going.append((score, (parent, token_id)))
             elif place < self.width:
                 score /= length**self.length_penalty
                 self._finish(score, output_of(parent), token_id, stops)
-            if len(going) == self.width:
-                break  # as many were looked at, so that none behind can be among the best
+            if len(going) == self.width or (ends and place == self.width):
+                break
         self.candidates = {}
         if not going or self._is_over(going[0][0], length):
             return []
@@ -91,24 +81,32 @@ class BeamSearch:
         self.scores = [score for score, _ in going]
         return [step for _, step in going]
 
-    def _ranked(self) -> list[tuple[float, int, int]]:
-        """(score, branch, token id) of the best continuations; of equals the first branch's."""
-        found: list[tuple[float, int, int]] = []
-        most, bar = self.num_candidates, math.nan  # nothing is below it
+    def _ranked(self) -> Iterator[tuple[float, int, int]]:
+        """(score, branch, token id) of all continuations known, the best first; of equals the first
+        branch's.
+
+        A branch's own come largest first, so the next best of all is the next of some branch:
+        little more is looked at than is taken.
+        """
+        # The next of each branch. A heap has its smallest first, so scores have their sign turned.
+        leading = []
         for branch, score in enumerate(self.scores):
             if score == -math.inf:
                 continue
             own = self.candidates[branch]
-            # The largest come first, so that most branches are left after a few.
-            for logprob, token_id in zip(own.top_logprobs, own.top_ids, strict=False):
-                if score + logprob <= bar:
-                    break
-                found.append((score + logprob, branch, token_id))
-            found.sort(key=_SCORE, reverse=True)
-            del found[most:]
-            if len(found) == most:
-                bar = _SCORE(found[-1])
-        return found
+            if own.top_ids:
+                leading.append((-(score + own.top_logprobs[0]), branch, 0))
+        heapify(leading)
+        while leading:
+            loss, branch, place = leading[0]
+            own = self.candidates[branch]
+            yield -loss, branch, own.top_ids[place]
+            place += 1
+            if place < len(own.top_ids):
+                loss = -(self.scores[branch] + own.top_logprobs[place])
+                heapreplace(leading, (loss, branch, place))
+            else:
+                heappop(leading)
 
     def _finish(self, score: float, output: list[int], token_id: int, stops: bool) -> None:
         token_ids = output if stops else [*output, token_id]
@@ -150,5 +148,5 @@ def rebuild(branches: Items[Sequence], steps: Items[Step], pool: BlockPool) -> N
         common = common_prefix(table, gone)
         pool.share(table[common:])
         pool.release(gone[common:])
-    for branch, step, own in zip(branches, steps, becomes, strict=True):
-        branch.become(own, step.token_id)
+    for branch, (_, token_id), own in zip(branches, steps, becomes, strict=True):
+        branch.become(own, token_id)

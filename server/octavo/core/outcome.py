@@ -187,12 +187,12 @@ class Outcome:
         if beam is None:
             raise RequestError("a beam search without its state")
         beam.candidates[sequence.branch] = logprobs[sequence.seq_id]
-        if not beam.complete:
+        if len(beam.candidates) < beam.width:
             return []
-        if not group.lead.num_generated:
-            self.counters.prompt_tokens += group.lead.num_prompt_tokens
+        drawn = sequence.num_generated
+        if not drawn:
+            self.counters.prompt_tokens += sequence.num_prompt_tokens
         self.counters.generation_tokens += len(branches)
-        drawn = group.lead.num_generated
         steps = beam.advance(drawn, lambda branch: branches[branch].generated)
         if not steps:
             return self.end_search(group)
