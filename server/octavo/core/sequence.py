@@ -96,10 +96,10 @@ class Sequence:
 
     def become(self, standing: Standing, token_id: int) -> None:
         """Go on from there, which is nobody else's then, with one token more."""
-        self.tokens, self.block_table, self._computed, self.written = standing[:4]
-        self.chained, self.link = standing[4:]
-        self.tokens.append(token_id)
-        self._length = len(self.tokens)
+        tokens, self.block_table, self._computed, self.written, self.chained, self.link = standing
+        tokens.append(token_id)
+        self.tokens = tokens
+        self._length = len(tokens)
 
     def follow(self, clock: Clock | None) -> None:
         """From now on be a token further with each tick of `clock`; None: stand still."""
@@ -149,21 +149,16 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many leading entries of two block tables are the same; pieces, compared as a whole.
+    """How many leading entries of two block tables are the same.
 
-    Tables mostly differ in their last few entries, if at all: so from the end, in growing steps.
+    Tables mostly differ in their last few entries, if at all: so pieces are compared as a whole,
+    from the end in growing steps, and only the piece with the first difference entry by entry.
     """
-    differs = same = min(len(left), len(right))
-    back = 1
-    while left[:same] != right[:same]:
-        differs, same = same, max(0, same - back)
-        back *= 4
-    if same == differs:
-        return same
-    while differs - same > 1:
-        middle = (same + differs) // 2
-        if left[same:middle] == right[same:middle]:
-            same = middle
-        else:
-            differs = middle
-    return same
+    end = min(len(left), len(right))
+    begin = end - 4
+    while begin > 0 and left[:begin] != right[:begin]:
+        begin -= 4 * (end - begin)
+    for same in range(max(begin, 0), end):
+        if left[same] != right[same]:
+            return same
+    return end
