@@ -60,6 +60,9 @@ class Unshared(Scheduler):
             if block != NO_BLOCK and self.pool.references(block) > 1
         ]
 
+    def _step_search(self, group: Group, draft: Any) -> bool:  # noqa: ARG002
+        return False  # branch by branch, each with its copies
+
     def _admission_blocks(self, group: Group, found: Prefix) -> int:  # noqa: ARG002
         mean, chunk = self.output_lengths.mean, self.limits.max_num_batched_tokens
         return sum(

@@ -21,7 +21,9 @@ CONTEXT = 96
 
 
 class Engine:
-    def __init__(self, *, blocks=256, block_size=4, budget=64, seqs=16, caching=True):
+    def __init__(
+        self, *, blocks=256, block_size=4, budget=64, seqs=16, caching=True, make=Scheduler
+    ):
         limits = Limits(
             block_size=block_size,
             max_model_len=CONTEXT,
@@ -31,7 +33,7 @@ class Engine:
             eos_token_ids=frozenset({EOS}),
             enable_prefix_caching=caching,
         )
-        self.scheduler = Scheduler(BlockPool(blocks), PolicyFactory.get_policy("fcfs"), limits)
+        self.scheduler = make(BlockPool(blocks), PolicyFactory.get_policy("fcfs"), limits)
         self.scheduler.output_lengths.mean = 0
         self.runner = BeamRunner(
             "", device="", dtype="", max_model_len=CONTEXT, block_size=block_size,
@@ -54,6 +56,7 @@ class Engine:
             self.updates.setdefault(update.request_id, []).append(update)
         self.scheduler.check_integrity()
         self.peak = max(self.peak, self.scheduler.pool.counts.active)
+        return plan
 
     def finish(self):
         while self.scheduler.has_work:
@@ -108,6 +111,34 @@ def test_searches_are_preempted_and_rebuilt_to_the_same_tokens(block_size, budge
     assert len(updates["plain"]) == 30
     if block_size < 16 and budget == 64:
         assert engine.scheduler.counters.preemptions > 0
+
+
+class BranchByBranch(Scheduler):
+    def _step_search(self, group, draft):
+        return False
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("blocks", [31, 256])
+def test_a_search_is_planned_at_once_as_it_is_branch_by_branch(blocks, caching):
+    engines = [
+        Engine(blocks=blocks, block_size=2, budget=18, caching=caching, make=make)
+        for make in (Scheduler, BranchByBranch)
+    ]
+    for engine in engines:
+        for i in range(5):
+            prompt = [(5 * i + j) % VOCAB for j in range(3 + i)]
+            engine.add(f"r{i}", prompt, 4, 8 + i, length_penalty=0.0, early_stopping="never")
+        engine.scheduler.add("plain", [1, 2], SamplingParams(max_tokens=12, ignore_eos=True))
+    copies = 0
+    while engines[0].scheduler.has_work:
+        plan, expected = (engine.step() for engine in engines)
+        assert plan.chunks == expected.chunks
+        assert (plan.copies, plan.preempted) == (expected.copies, expected.preempted)
+        copies += len(plan.copies)
+    assert engines[0].updates == engines[1].updates
+    assert copies > 20
+    assert (engines[0].scheduler.counters.preemptions > 0) == (blocks < 256)
 
 
 def test_beams_share_what_they_have_in_common():

@@ -17,6 +17,8 @@ from heapq import heapify, heappop, heapreplace
 
 from octavo.core.block_pool import BlockPool
 from octavo.core.sequence import Sequence, common_prefix
+from octavo.core.step import ScheduledSequence
+from octavo.kv_layout import KvGroups
 from octavo.logprobs import TokenLogprobs
 
 # What a branch becomes: the branch of this number, and this token id more.
@@ -150,3 +152,52 @@ def rebuild(branches: Items[Sequence], steps: Items[Step], pool: BlockPool) -> N
         pool.release(gone[common:])
     for branch, (_, token_id), own in zip(branches, steps, becomes, strict=True):
         branch.become(own, token_id)
+
+
+def run_alike(
+    branches: Items[Sequence], kv: KvGroups, pool: BlockPool
+) -> tuple[list[ScheduledSequence], list[tuple[int, int]]] | None:
+    """Let each branch run its newest token: the shares, and the copies of blocks before them.
+
+    None, and nothing done, where the branches do not all decode and stand at the same token, where
+    the free blocks may not suffice for all, or where tables have several groups or slide.
+    """
+    lead, width = branches[0], len(branches)
+    start, prompt, params = lead.computed, lead.num_prompt_tokens, lead.params
+    row, rows = start // kv.block_size, len(lead.block_table)
+    if start < prompt or not row <= rows <= row + 1:
+        return None
+    if pool.num_free < width or kv.count > 1 or kv.sliding:
+        return None
+    for branch in branches:
+        alike = branch.computed == start and len(branch.tokens) == start + 1
+        if not alike or branch.written > start or len(branch.block_table) != rows:
+            return None
+    shares, copies = list[ScheduledSequence](), list[tuple[int, int]]()
+    new = pool.allocate(width) if row == rows else []
+    for branch in branches:
+        table, tokens = branch.block_table, branch.tokens
+        # Always a new list: a plan may still hold the old one.
+        if row == rows:
+            branch.block_table = table = [*table, new[branch.branch]]
+        elif pool.references(shared := table[row]) > 1:
+            [own] = pool.allocate(1)
+            pool.release((shared,))
+            copies.append((shared, own))
+            branch.block_table = table = [*table[:row], own]
+        branch.computed = start + 1
+        # By position: one is made for each branch and step, and names take half as long again.
+        share = ScheduledSequence(
+            branch.seq_id,
+            [tokens[start]],
+            start,
+            table,
+            True,  # samples
+            params,
+            start + 1 - prompt,
+            tokens,
+            prompt,
+            branch.branch,
+        )
+        shares.append(share)
+    return shares, copies

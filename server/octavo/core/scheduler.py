@@ -29,6 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from octavo.core.beam import run_alike
 from octavo.core.block_pool import NO_BLOCK, BlockPool
 from octavo.core.calendar import row_share
 from octavo.core.forecast import OutputLengths, expected_growth
@@ -318,6 +319,8 @@ class Scheduler:
 
     def _continue(self, group: Group, draft: _Draft) -> bool:
         """Schedule a running group; False when budget or blocks did not suffice for all of it."""
+        if group.beam is not None and self._step_search(group, draft):
+            return True
         lead, single = group.lead, len(group.branches) == 1
         if not single:
             self._join_rebuilt(group, draft)
@@ -342,6 +345,25 @@ class Scheduler:
             self._schedule(branch, count, draft)
             if count < pending:
                 return False
+        return True
+
+    def _step_search(self, group: Group, draft: _Draft) -> bool:
+        """Schedule all branches of a search at once; False, and nothing done, where that cannot be.
+
+        What comes of it is what `_continue` does branch by branch; but searches are planned anew in
+        each step, and meanwhile the device waits.
+        """
+        step = (
+            run_alike(group.branches, self.kv, self.pool) if draft.budget >= group.width else None
+        )
+        if step is None:
+            return False
+        shares, copies = step
+        end = shares[0].start + 1
+        draft.shares += shares
+        draft.copies += copies
+        draft.chunks += [(branch, end) for branch in group.branches]
+        draft.budget -= group.width
         return True
 
     def _prompt_share(self, group: Group, draft: _Draft) -> int:
