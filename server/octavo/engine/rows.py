@@ -102,11 +102,12 @@ class StepInputs:
 
 @dataclass(slots=True)
 class _Row:
-    """A sequence's row and what is there: its table, and how it draws, by `drawn_as`."""
+    """A sequence's row and what is there: its table, and how it draws, by `params` and `branch`."""
 
     index: int
     table: list[int]
-    drawn_as: tuple[SamplingParams, int] | None = None
+    params: SamplingParams | None = None
+    branch: int = 0
 
 
 class RowTable:
@@ -147,8 +148,9 @@ class RowTable:
         sent: list[Stretch] = []
         self._fresh = []
         drew = self._forget(plan)
-        for share in plan.rows.joined:
-            self._decoding[share.seq_id] = self._place(share, sent, drew)
+        joined = plan.rows.joined
+        rows = self._place(joined, sent, drew)
+        self._decoding.update((share.seq_id, row) for share, row in zip(joined, rows, strict=True))
         for seq_id, block in plan.rows.grown:
             row = self._rows[seq_id]
             sent.append((self._table(row) + len(row.table), (block,)))
@@ -194,55 +196,64 @@ class RowTable:
             self._free.append(self._rows.pop(seq_id).index)
         return drew
 
-    def _place(self, share: ScheduledSequence, sent: list[Stretch], drew: dict[int, bool]) -> int:
-        """Send what the device does not know of a sequence; its row."""
-        count, pending = len(share.token_ids), share.token_ids[-1] == PENDING
-        entries = blocks_for(share.start + count, self._block_size) * self._layout.groups
-        if not entries <= len(share.block_table) <= self._layout.table_width:
-            raise ValueError(
-                f"sequence {share.seq_id} has a block table of {len(share.block_table)} entries; "
-                f"{share.start + count} tokens need {entries} and {self._layout.table_width} is "
-                "the most"
-            )
-        row = self._rows.get(share.seq_id)
-        if row is None:
-            if not self._free:
-                raise RuntimeError(f"more than {self._layout.max_rows} sequences in one step")
-            row = self._rows[share.seq_id] = _Row(self._free.pop(), [])
-        # Another scheduler, as that of a warm-up, may have left a sequence of the same number.
-        known = row.drawn_as is not None and row.drawn_as[0] is share.params
-        if not known and adjusts(share.params) and not drawn_by_host(share.params):
-            self._fresh.append((row.index, share))
-        if pending and not drew.get(share.seq_id, False):
-            raise RuntimeError(
-                f"sequence {share.seq_id} waits for a token that the plan before does not draw"
-            )
-        record = self._record(share, row)  # may be its beginning alone
-        at = row.index * RECORD_WORDS
-        # The token on its way is the first word: it is there already, or soon.
-        sent.append((at + 1, record[1:]) if pending else (at, record))
-        same = common_prefix(row.table, share.block_table)
-        if same < len(share.block_table):
-            sent.append((self._table(row) + same, share.block_table[same:]))
-        row.table = list(share.block_table)
-        return row.index
+    def _place(
+        self, shares: Iterable[ScheduledSequence], sent: list[Stretch], drew: dict[int, bool]
+    ) -> list[int]:
+        """Send what the device does not know of some sequences; their rows."""
+        size, groups, width = self._block_size, self._layout.groups, self._layout.table_width
+        tables, indices = self._layout.tables, list[int]()
+        for share in shares:
+            seq_id, start, table = share.seq_id, share.start, share.block_table
+            end, token = start + len(share.token_ids), share.token_ids[-1]
+            if not blocks_for(end, size) * groups <= len(table) <= width:
+                raise ValueError(
+                    f"sequence {seq_id} has a block table of {len(table)} entries; {end} tokens "
+                    f"need {blocks_for(end, size) * groups} and {width} is the most"
+                )
+            row = self._rows.get(seq_id)
+            if row is None:
+                row = self._rows[seq_id] = self._new_row()
+            index = row.index
+            indices.append(index)
+            flags = FLAG_SAMPLES * share.samples | FLAG_WRITES * share.writes
+            record: tuple[int, ...] = (token, start, share.num_generated, flags)
+            # How it draws stays as long as it is one sequence's.
+            if row.params is not share.params or row.branch != share.branch:
+                record += self._drawing(share, row)
+            if token != PENDING:
+                sent.append((index * RECORD_WORDS, record))
+            elif drew.get(seq_id, False):
+                # The token on its way is the first word: it is there already, or soon.
+                sent.append((index * RECORD_WORDS + 1, record[1:]))
+            else:
+                raise RuntimeError(
+                    f"sequence {seq_id} waits for a token that the plan before does not draw"
+                )
+            same = common_prefix(row.table, table)
+            if same < len(table):
+                sent.append((tables + index * width + same, table[same:]))
+            row.table = table.copy()
+        return indices
 
-    def _record(self, share: ScheduledSequence, row: _Row) -> tuple[int, ...]:
-        """What is new of the row's record: how it draws stays as long as it is one sequence's."""
-        of = row.drawn_as
-        flags = FLAG_SAMPLES * share.samples | FLAG_WRITES * share.writes
-        moves = (share.token_ids[-1], share.start, share.num_generated, flags)
-        if of is not None and of[0] is share.params and of[1] == share.branch:
-            return moves
-        row.drawn_as = (share.params, share.branch)
-        return moves + self._drawing(share, row.index)
+    def _new_row(self) -> _Row:
+        if not self._free:
+            raise RuntimeError(f"more than {self._layout.max_rows} sequences in one step")
+        return _Row(self._free.pop(), [])
 
-    def _drawing(self, share: ScheduledSequence, index: int) -> tuple[int, ...]:
-        """The record's words behind the first four."""
+    def _drawing(self, share: ScheduledSequence, row: _Row) -> tuple[int, ...]:
+        """The record's words behind the first four, of a sequence that is new to the row.
+
+        Another scheduler, as that of a warm-up, may have left one of the same number there.
+        """
         p = share.params
+        adjusted = -1
+        if adjusts(p) and not drawn_by_host(p):
+            adjusted = row.index
+            if row.params is not p:
+                self._fresh.append((row.index, share))
+        row.params, row.branch = p, share.branch
         stream = draw_stream(p, self._seed, share.seq_id, share.branch)
         draw = (stream, p.temperature, min(p.top_k, 2**31 - 1), p.top_p, p.min_p)
-        adjusted = index if adjusts(p) and not drawn_by_host(p) else -1
         packed = struct.pack("<Qfiffi", *draw, adjusted)
         words = struct.unpack(f"<{len(packed) // 4}i", packed)
         return (*words, *(0,) * (RECORD_WORDS - 4 - len(words)))
@@ -260,63 +271,55 @@ class RowTable:
         of_prompt = share.start < share.num_prompt_tokens
         return len(share.token_ids) == 1 and not (self._deterministic and of_prompt)
 
-    def _of_decodes(
-        self, plan: StepPlan, batch: list[int], sent: list[Stretch], drew: dict[int, bool]
-    ) -> StepInputs:
-        """Where all chunks are decodes, as those of beams are, the batch is as the plan is."""
-        batch += [self._place(share, sent, drew) for share in plan.chunks]
-        self._arrange(batch, sent)
-        count, size = plan.rows.count, len(batch)
-        drawn = [*range(count), *(count + i for i, s in enumerate(plan.chunks) if s.samples)]
-        ends = max(share.start for share in plan.chunks) + 1
-        return StepInputs(size, size, size, 1, drawn, sent, max_chunk_end=ends)
-
     def _with_chunks(
         self, plan: StepPlan, sent: list[Stretch], drew: dict[int, bool]
     ) -> StepInputs:
-        count = plan.rows.count
-        decodes = [self._decodes(share) for share in plan.chunks]
+        chunks, count = plan.chunks, plan.rows.count
+        decodes = [i for i, share in enumerate(chunks) if self._decodes(share)]
+        # Mostly few: where searches run, nearly all are decodes.
+        others = sorted({*range(len(chunks))}.difference(decodes))
+        order = decodes + others
         batch = list(self._decoding.values())
-        if all(decodes) and not any(share.prompt_logprob_rows for share in plan.chunks):
-            return self._of_decodes(plan, batch, sent, drew)
-        order = sorted(range(len(plan.chunks)), key=lambda i: not decodes[i])
-        starts, token_at, tokens = list(range(count + 1)), [-1] * count, list[int]()
-        places = [0] * len(order)
-        for i in order:
-            share = plan.chunks[i]
-            places[i] = len(batch)
-            batch.append(self._place(share, sent, drew))
-            size = len(share.token_ids)
-            starts.append(starts[-1] + size)
-            token_at.append(-1 if size == 1 else len(tokens))
-            if size > 1:
-                tokens += share.token_ids
+        batch += self._place((chunks[i] for i in order), sent, drew)
+        num_decodes = count + len(decodes)
+        starts, token_at = list(range(num_decodes + 1)), [-1] * num_decodes
+        tokens = list[int]()
+        for i in others:
+            ids = chunks[i].token_ids
+            starts.append(starts[-1] + len(ids))
+            token_at.append(-1 if len(ids) == 1 else len(tokens))
+            if len(ids) > 1:
+                tokens += ids
         if starts[-1] > self._layout.max_tokens:
             raise RuntimeError(
                 f"a step of {starts[-1]} tokens; {self._layout.max_tokens} is the most"
             )
         self._arrange(batch, sent)
-        prompt_rows = [
-            starts[place] + row
-            for place, share in zip(places, plan.chunks, strict=True)
-            for row in share.prompt_logprob_rows
-        ]
-        num_decodes = count + sum(decodes)
-        sent += [
-            (self._layout.query_start, starts),
-            (self._layout.token_at, token_at),
-            (self._layout.chunk, tokens),
-        ]
-        return StepInputs(
+        places = [0] * len(order)
+        for place, i in enumerate(order, count):
+            places[i] = place
+        inputs = StepInputs(
             num_sequences=len(batch),
             num_tokens=starts[-1],
             num_decodes=num_decodes,
-            max_query_len=max(len(share.token_ids) for share in plan.chunks),
-            drawn=[*range(count), *(places[i] for i, s in enumerate(plan.chunks) if s.samples)],
+            max_query_len=max([1, *(len(chunks[i].token_ids) for i in others)]),
+            drawn=[*range(count), *(places[i] for i, s in enumerate(chunks) if s.samples)],
             sent=sent,
-            prompt_rows=prompt_rows,
-            max_chunk_end=max(share.start + len(share.token_ids) for share in plan.chunks),
+            prompt_rows=[
+                starts[places[i]] + row
+                for i, share in enumerate(chunks)
+                if share.params.prompt_logprobs is not None
+                for row in share.prompt_logprob_rows
+            ],
+            max_chunk_end=max([share.start + len(share.token_ids) for share in chunks]),
         )
+        if inputs.has_chunks:  # else each has one token, which is in its record
+            sent += [
+                (self._layout.query_start, starts),
+                (self._layout.token_at, token_at),
+                (self._layout.chunk, tokens),
+            ]
+        return inputs
 
 
 def padding(layout: StateLayout, num_sequences: int, tokens: int) -> Stretch:
@@ -333,7 +336,7 @@ def messages(sent: Sequence[Stretch], capacity: int) -> list[np.ndarray]:
     A message is the number of stretches, then of each where it goes, its length and where in the
     message it is, then their words.
     """
-    if 1 + sum(3 + len(words) for _, words in sent) <= capacity:
+    if 1 + sum([3 + len(words) for _, words in sent]) <= capacity:
         whole = [stretch for stretch in sent if stretch[1]]
         return [_message(whole)] if whole else []
     found, part, used = list[np.ndarray](), list[Stretch](), 1
