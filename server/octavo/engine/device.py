@@ -9,7 +9,7 @@ to the last layer's attention, which is all that runs for every token.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,7 +28,7 @@ from octavo.engine.swap import HostBlocks
 from octavo.engine.workspace import Workspace
 from octavo.logprobs import TokenLogprobs
 from octavo.models.decoder import Batch, Decoder
-from octavo.params import MAX_N
+from octavo.params import MAX_N, SamplingParams
 from octavo_kernels import batch_state, ops, sampling
 from octavo_kernels.batch_state import BatchState
 
@@ -46,28 +46,35 @@ MakeGraphs = Callable[[Part, Part], tuple[PartRunner, PartRunner]]
 @dataclass(slots=True, frozen=True)
 class _Wanted:
     """Whose drawn tokens' log-probabilities are on their way: in which place of the batch, of which
-    sequence, with how many of the most probable tokens; `most` is the largest of these numbers.
+    sequence, with how many of the most probable tokens; three lists, of one length.
     """
 
-    rows: list[tuple[int, int, int]]
-    most: int
+    places: list[int] = field(default_factory=list)
+    seq_ids: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    @property
+    def most(self) -> int:
+        """The largest of the counts, but at least 1."""
+        return max(1, *self.counts)
 
     def read(self, tokens: Sequence[int], words: np.ndarray) -> dict[int, TokenLogprobs]:
         """By sequence id, of those that got a token, out of the words of `_logprob_words`."""
-        count, most = len(self.rows), self.most
+        count, most = len(self.places), self.most
         reals = words.view(np.float32)
+        drawn = [tokens[place] for place in self.places]
         own, ranks = reals[:count].tolist(), words[count : 2 * count].tolist()
         first, end = 2 * count, (2 + most) * count
         ids = words[first:end].reshape(count, most).tolist()
         values = reals[end:].reshape(count, most).tolist()
-        found = {}
-        for i, (place, seq_id, wanted) in enumerate(self.rows):
-            token, top_ids, top = tokens[place], ids[i], values[i]
-            if token < 0:
-                continue
-            if wanted < most:
+        if min(self.counts) < most:
+            for wanted, top_ids, top in zip(self.counts, ids, values, strict=True):
                 del top_ids[wanted:], top[wanted:]
-            found[seq_id] = TokenLogprobs(token, own[i], ranks[i], top_ids, top)
+        found = dict(
+            zip(self.seq_ids, map(TokenLogprobs, drawn, own, ranks, ids, values), strict=True)
+        )
+        if min(drawn) < 0:
+            return {seq_id: one for seq_id, one in found.items() if one.token_id >= 0}
         return found
 
 
@@ -81,7 +88,7 @@ class InFlight:
     fetched: Fetch
     size: int
     places: Sequence[int]
-    wanted: _Wanted | None = None
+    wanted: _Wanted = field(default_factory=_Wanted)
     by_host: Mapping[int, int] = field(default_factory=dict)
     of_tokens: Mapping[int, TokenLogprobs] = field(default_factory=dict)
     of_prompts: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
@@ -91,7 +98,7 @@ class InFlight:
         words = self.fetched.wait()
         found, more = words[: self.size].tolist(), words[self.size :]
         of_tokens = self.of_tokens
-        if self.wanted is not None:
+        if self.wanted.places:
             of_tokens = {**of_tokens, **self.wanted.read(found, more)}
         for place, token in self.by_host.items():
             found[place] = token
@@ -174,8 +181,9 @@ class DeviceSteps:
             self._graphs.run(self._graphs.ready(inputs.num_sequences))
         else:
             self._decode(inputs.num_sequences)
-        by_host, of_tokens = self._draw_by_host(plan, inputs)
-        fetched, wanted = self._fetch(plan, inputs)
+        shares, wanted = self._asked(plan, inputs)
+        by_host, of_tokens = self._draw_by_host(shares)
+        fetched = self._fetch(inputs.num_sequences, wanted)
         size, places = inputs.num_sequences, inputs.drawn
         return InFlight(fetched, size, places, wanted, by_host, of_tokens, of_prompts)
 
@@ -321,32 +329,53 @@ class DeviceSteps:
             self._by_host.discard(seq_id)
             self._logprobs.pop(seq_id, None)
         for share in plan.rows.joined:
-            if _needs_host(share):
+            if _needs_host(share.params):
                 self._by_host.add(share.seq_id)
             elif share.params.logprobs is not None:
                 self._logprobs[share.seq_id] = share.params.logprobs
 
-    def _fetch(self, plan: StepPlan, inputs: StepInputs) -> tuple[Fetch, _Wanted | None]:
-        """Fetch the tokens, and the log-probabilities of those that want them."""
-        tokens = self._space.drawn[self._steps % 2, : inputs.num_sequences]
+    def _asked(
+        self, plan: StepPlan, inputs: StepInputs
+    ) -> tuple[dict[int, ScheduledSequence], _Wanted]:
+        """By place in the batch the shares that the host draws for, and whose log-probabilities of
+        the device are wanted.
+        """
+        by_host: dict[int, ScheduledSequence] = {}
+        places, seq_ids, counts = list[int](), list[int](), list[int]()
+        if self._logprobs:
+            for place, seq_id in self._rows.places(self._logprobs):
+                places.append(place)
+                seq_ids.append(seq_id)
+                counts.append(self._logprobs[seq_id])
+        drawing = (share for share in plan.chunks if share.samples)
+        params, host = None, False
+        for place, share in zip(inputs.drawn[plan.rows.count :], drawing, strict=True):
+            if share.params is not params:  # a request's branches have theirs in common
+                params = share.params
+                host = _needs_host(params)
+            if host:
+                by_host[place] = share
+            elif params.logprobs is not None:
+                places.append(place)
+                seq_ids.append(share.seq_id)
+                counts.append(params.logprobs)
+        if self._by_host:
+            rows = plan.sequences
+            by_host |= {at: rows[at] for at, _ in self._rows.places(self._by_host)}
+        return by_host, _Wanted(places, seq_ids, counts)
+
+    def _fetch(self, size: int, wanted: _Wanted) -> Fetch:
+        """Fetch the tokens of the batch's sequences, and the log-probabilities that are wanted."""
+        tokens = self._space.drawn[self._steps % 2, :size]
         self._steps += 1
-        rows = [
-            (at, seq_id, self._logprobs[seq_id])
-            for at, seq_id in (self._rows.places(self._logprobs) if self._logprobs else ())
-        ]
-        for place, share in _drawing(plan, inputs):
-            count = share.params.logprobs
-            if count is not None and not _needs_host(share):
-                rows.append((place, share.seq_id, count))
-        if not rows:
-            return self._lane.fetch(tokens), None
-        wanted = _Wanted(rows, max(1, *(count for _, _, count in rows)))
-        return self._lane.fetch(torch.cat((tokens, self._logprob_words(wanted, tokens)))), wanted
+        if not wanted.places:
+            return self._lane.fetch(tokens)
+        return self._lane.fetch(torch.cat((tokens, self._logprob_words(wanted, tokens))))
 
     def _logprob_words(self, wanted: _Wanted, tokens: torch.Tensor) -> torch.Tensor:
         spec = self._model.spec
-        columns = [[place for place, _, _ in wanted.rows], [count for _, _, count in wanted.rows]]
-        places, counts = self._lane.send(np.array(columns, dtype=np.int32))
+        columns = np.array((wanted.places, wanted.counts), dtype=np.int32)
+        places, counts = self._lane.send(columns)
         at = places.long()
         found = sampling.token_logprobs(
             self._space.logits[at],
@@ -360,13 +389,12 @@ class DeviceSteps:
         return torch.cat((found.logprob.view(torch.int32), found.rank, *top))
 
     def _draw_by_host(
-        self, plan: StepPlan, inputs: StepInputs
+        self, shares: Mapping[int, ScheduledSequence]
     ) -> tuple[Mapping[int, int], Mapping[int, TokenLogprobs]]:
-        """Draw again for those whose parameters the device does not serve, and tell it."""
-        shares = {place: share for place, share in _drawing(plan, inputs) if _needs_host(share)}
-        if self._by_host:
-            rows = plan.sequences
-            shares |= {at: rows[at] for at, _ in self._rows.places(self._by_host)}
+        """Draw again for those whose parameters the device does not serve, and tell it.
+
+        `shares` are by place in the batch; so are the tokens, and the log-probabilities by id.
+        """
         if not shares:
             return {}, {}
         places = list(shares)
@@ -379,12 +407,6 @@ class DeviceSteps:
         return dict(zip(places, tokens, strict=True)), of_tokens
 
 
-def _needs_host(share: ScheduledSequence) -> bool:
+def _needs_host(params: SamplingParams) -> bool:
     """True when the device does not do all that is wanted of a draw."""
-    return drawn_by_host(share.params) or (share.params.logprobs or 0) > MOST_LOGPROBS
-
-
-def _drawing(plan: StepPlan, inputs: StepInputs) -> Iterator[tuple[int, ScheduledSequence]]:
-    """The chunks that draw, with their places in the batch."""
-    drawing = (share for share in plan.chunks if share.samples)
-    return zip(inputs.drawn[plan.rows.count :], drawing, strict=True)
+    return drawn_by_host(params) or (params.logprobs or 0) > MOST_LOGPROBS
