@@ -3,6 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 namespace py = pybind11;
 
 namespace octavo::cuda {
@@ -32,8 +35,15 @@ void bind_device(py::module_& m) {
   m.def("device_report", &report, "device"_a);
   m.def("set_overlap", [](bool on) { overlap() = on; }, "on"_a,
         "Whether a kernel may begin before the one ahead of it has ended.");
-  m.def("set_releasing_lanes", [](int lanes) { releasing_lanes() = lanes; }, "lanes"_a,
-        "How many lanes of a warp give a stage back, 1 or 32; for racecheck, see launch.h.");
+  m.def("set_releasing_lanes",
+        [](int lanes) {
+          if (lanes != 1 && lanes != 32) {
+            throw std::invalid_argument("set_releasing_lanes: 1 or 32, not " +
+                                        std::to_string(lanes));
+          }
+          releasing_lanes() = lanes;
+        },
+        "lanes"_a, "How many lanes of a warp give a stage of a ring back; see launch.h.");
 }
 
 }  // namespace octavo::cuda

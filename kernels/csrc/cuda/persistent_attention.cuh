@@ -194,7 +194,7 @@ __device__ __forceinline__ void take_tokens(Running<kDim>& running, const Querie
 
 // All of the item's tokens, tiles of 16 in turn to the warps; how many of the warps had one. The
 // new token is a tile of its own.
-template <typename T, int kDim>
+template <typename T, int kDim, int kLanes>
 __device__ __forceinline__ int take_item(const Task& task, const Item& item, const Shared& shared,
                                          RingPosition& at, Running<kDim>& running) {
   constexpr int kTile = 16, kPitch = head_pitch(kDim), kOfStage = kTokens / kTile;
@@ -216,7 +216,7 @@ __device__ __forceinline__ int take_item(const Task& task, const Item& item, con
       take_tokens<T, kDim>(running, queries, keys, values, count, task.scale);
     }
     if (fresh) break;
-    ring.release(at, task.releasing_lanes);
+    ring.release<kLanes>(at);
     at.advance(ring.stages);
   }
   return min(tiles + item.last, kWarps);
@@ -364,7 +364,7 @@ __device__ __forceinline__ void combine(const Task& task, const Pass& pass,
 }
 
 // A layer's attention; all consumers. Blocks without an item begin with the chunks of others.
-template <typename T, int kDim>
+template <typename T, int kDim, int kLanes>
 __device__ __forceinline__ void attend(const Task& task, const Pass& pass, const Shared& shared,
                                        RingPosition& at) {
   const Schedule& schedule = shared.schedules()[0];
@@ -374,7 +374,7 @@ __device__ __forceinline__ void attend(const Task& task, const Pass& pass, const
     take_heads<T, kDim>(task, pass, item, schedule, shared.heads());
     sync_first(kThreads);
     Running<kDim> running;
-    const int warps = take_item<T, kDim>(task, item, shared, at, running);
+    const int warps = take_item<T, kDim, kLanes>(task, item, shared, at, running);
     put_together<T, kDim>(task, pass, item, running, warps, shared);
   }
   constexpr int kParts = kDim / kCombined;

@@ -29,7 +29,7 @@ namespace {
 
 // What a block's consumers do; one copy of each part for all products, because code that does not
 // fit the instruction cache has to be fetched anew in every layer.
-template <typename T, int kDim>
+template <typename T, int kDim, int kLanes>
 struct Consumers {
   const Task& task;
   const Shared& shared;
@@ -116,7 +116,7 @@ struct Consumers {
         bring_norm(pass.layer.mlp_norm, task.hidden, shared.mlp_norm());
         const void* next = next_norm(pass);
         if (next) bring_norm(next, task.hidden, shared.input_norm());
-        attend<T, kDim>(task, pass, shared, at);
+        attend<T, kDim, kLanes>(task, pass, shared, at);
       }
       const Portion portion = portion_of(task, shared, kDim, product);
       if (portion.units == 0) continue;
@@ -124,21 +124,22 @@ struct Consumers {
                             : product == kGateUp                ? shared.mlp_norm()
                                                                 : nullptr;
       stage<T>(task, source(pass, product, portion.k), norm, shared);
-      multiply<T>(task, shared, portion, at, [&](const Outputs& out) {
+      multiply<T, kLanes>(task, shared, portion, at, [&](const Outputs& out) {
         finish(pass, product, portion.half_rows, out);
       });
     }
   }
 };
 
-template <typename T, int kDim>
+// kLanes of a warp give a stage back.
+template <typename T, int kDim, int kLanes>
 __global__ void __launch_bounds__(kThreads + 32, 1)
     persistent_kernel(const __grid_constant__ Task task) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
   allow_next();
   const Shared shared{task, memory};
-  if (threadIdx.x == kThreads) shared.ring().init(kWarps * task.releasing_lanes, kFillers);
+  if (threadIdx.x == kThreads) shared.ring().init(kWarps * kLanes, kFillers);
   const auto* table = reinterpret_cast<const uint64_t*>(task.stack.layers);
   for (int i = threadIdx.x; i < task.num_layers * int(sizeof(DecoderLayer) / 8); i += blockDim.x) {
     reinterpret_cast<uint64_t*>(shared.table())[i] = __ldg(table + i);
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
     produce<kDim>(task, shared);
     return;
   }
-  Consumers<T, kDim> consumers{task, shared, {}};
+  Consumers<T, kDim, kLanes> consumers{task, shared, {}};
   consumers.begin();
 #pragma unroll 1
   for (int l = 0; l < task.passes(); ++l) {
@@ -223,7 +224,6 @@ Task task_of(const LayerStack& stack, int64_t rows) {
   const int besides = Layout(stack, task.num_rows, 0, most_units).bytes;
   task.stages = (device().shared - besides) / Ring::bytes(1, kStageBytes);
   task.at = Layout(stack, task.num_rows, task.stages, most_units);
-  task.releasing_lanes = releasing_lanes();
   const bool quick = waits_for_words(stack);
   task.ahead = quick ? kStreaming - 1 : kStreaming;
   if (stack.ahead > 0) task.ahead = std::min(stack.ahead, task.stages - 1);
@@ -266,18 +266,23 @@ int64_t place_words(const LayerStack& stack, Word* base, Exchange& to) {
   return used;
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kLanes>
 void run(const Task& task, cudaStream_t stream) {
-  constexpr auto kernel = persistent_kernel<T, kDim>;
+  constexpr auto kernel = persistent_kernel<T, kDim, kLanes>;
   static const bool allowed = allow_shared(kernel, device().shared);
   (void)allowed;
   launch(kernel, dim3(blocks_of(task.stack)), dim3(kThreads + 32), task.at.bytes, stream,
          task);
 }
 
+template <typename T, int kLanes>
+void run(const Task& task, cudaStream_t stream) {
+  task.stack.dim == 64 ? run<T, 64, kLanes>(task, stream) : run<T, 128, kLanes>(task, stream);
+}
+
 template <typename T>
 void run(const Task& task, cudaStream_t stream) {
-  task.stack.dim == 64 ? run<T, 64>(task, stream) : run<T, 128>(task, stream);
+  releasing_lanes() == 1 ? run<T, 1>(task, stream) : run<T, 32>(task, stream);
 }
 
 }  // namespace

@@ -122,7 +122,7 @@ __device__ __forceinline__ skinny::XSlice load_x(uint32_t from, int pitch, int r
 
 // Multiplies the staged rows by the next `count` groups in the ring; each warp leaves its sums in
 // `partials`. A stage's operands are on their way while the one before is multiplied.
-template <typename T>
+template <typename T, int kLanes>
 __device__ __forceinline__ void multiply_pass(const Task& task, const Shared& shared, int k,
                                               int count, RingPosition& at) {
   const Ring ring = shared.ring();
@@ -151,7 +151,7 @@ __device__ __forceinline__ void multiply_pass(const Task& task, const Shared& sh
     }
     float pairs[2][2];
     skinny::multiply_w<T>(w, x, 0, pairs);
-    ring.release(now, task.releasing_lanes);
+    ring.release<kLanes>(now);
     sums[0] += pairs[0][0] + pairs[1][0];
     sums[1] += pairs[0][1] + pairs[1][1];
     if (!ends) continue;
@@ -166,7 +166,7 @@ __device__ __forceinline__ void multiply_pass(const Task& task, const Shared& sh
 
 // Multiplies the staged rows by this block's rows of the matrix and gives each pair of outputs to
 // `finish`. All consumers; x and the sums may be overwritten after the consumers' next barrier.
-template <typename T, typename Finish>
+template <typename T, int kLanes, typename Finish>
 __device__ __forceinline__ void multiply(const Task& task, const Shared& shared,
                                          const Portion& portion, RingPosition& at,
                                          Finish&& finish) {
@@ -176,7 +176,7 @@ __device__ __forceinline__ void multiply(const Task& task, const Shared& shared,
   for (int begin = 0; begin < portion.groups(); begin += kPass) {
     const int count = min(kPass, portion.groups() - begin);
     if (begin > 0) sync_first(kThreads);  // the sums of the pass before were read
-    multiply_pass<T>(task, shared, portion.k, count, at);
+    multiply_pass<T, kLanes>(task, shared, portion.k, count, at);
     sync_first(kThreads);
 #pragma unroll 1
     for (int i = threadIdx.x; i < (count >> gated) * lines; i += kThreads) {

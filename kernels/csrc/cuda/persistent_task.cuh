@@ -97,7 +97,6 @@ struct Task {
   Exchange exchange;
   int num_rows, num_layers, hidden, inner, heads, kv_heads, group, stages, block_shift;
   int ahead, engine_tokens;  // LayerStack's, decided
-  int releasing_lanes;
   int row_shift;     // of the power of two that the rows fit in
   Layout at;
   int64_t num_slots;

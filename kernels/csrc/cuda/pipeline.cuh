@@ -190,13 +190,14 @@ struct Ring {
   // By a whole warp that has read a stage. The fence holds the arrival back until the warp's loads
   // are done: loads and the copy engine's writes are of different proxies (PTX ISA, "Async proxy"),
   // and without it the arrival overtakes loads in flight and a row is overwritten while it is read.
-  // So many lanes arrive: see releasing_lanes().
-  __device__ void release(RingPosition at, int lanes) const {
+  // kLanes arrive, see releasing_lanes().
+  template <int kLanes>
+  __device__ void release(RingPosition at) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
     __syncwarp();
-    if (int(threadIdx.x % 32) < lanes) barrier_arrive(empty(at));
+    if (kLanes == 32 || threadIdx.x % 32 == 0) barrier_arrive(empty(at));
   }
   __device__ void wait_filled(RingPosition at) const { barrier_wait(full(at), at.parity); }
   __device__ void wait_free(RingPosition at) const { barrier_wait(empty(at), at.parity ^ 1); }

@@ -107,7 +107,7 @@ struct Output {
   }
 };
 
-template <typename T, bool kWide>
+template <typename T, bool kWide, int kLanes>
 __device__ void multiply(const Task& task, const Share& share, const Ring& ring,
                          const Partials& partials, const uint8_t* staged) {
   const SkinnyGemm& gemm = task.gemm;
@@ -130,7 +130,7 @@ __device__ void multiply(const Task& task, const Share& share, const Ring& ring,
         if (group >= count) break;
         ring.wait_filled(at);
         multiply_stage<T, kWide>(ring.stage(at), k - column, x, sums[group]);
-        if (refills-- > 0) ring.release(at, task.releasing_lanes);
+        if (refills-- > 0) ring.release<kLanes>(at);
         at.advance(ring.stages);
       }
     }
@@ -157,8 +157,9 @@ __device__ void multiply(const Task& task, const Share& share, const Ring& ring,
   }
 }
 
-// kWide: more than 8 rows, which take the registers that two blocks would share.
-template <typename T, bool kWide>
+// kWide: more than 8 rows, which take the registers that two blocks would share. kLanes of a warp
+// give a stage back.
+template <typename T, bool kWide, int kLanes>
 __global__ void __launch_bounds__(kThreads + 32, kWide ? 1 : 2)
     skinny_gemm_kernel(const __grid_constant__ Task task) {
   extern __shared__ __align__(128) uint8_t shared[];
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads + 32, kWide ? 1 : 2)
   allow_next();
   const Ring ring(shared, task.stages, kStageBytes);
   const Share share(task);
-  if (threadIdx.x == kThreads) ring.init(kWarps * task.releasing_lanes);
+  if (threadIdx.x == kThreads) ring.init(kWarps * kLanes);
   __syncthreads();
   if (threadIdx.x >= kThreads) {
     fill_ring(task, share, ring);
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kThreads + 32, kWide ? 1 : 2)
   } else {
     wait_for_previous();
   }
-  multiply<T, kWide>(task, share, ring, partials, staged);
+  multiply<T, kWide, kLanes>(task, share, ring, partials, staged);
 }
 
 struct Limits {
@@ -201,9 +202,9 @@ const Limits& limits() {
 constexpr int kStatic = 256;
 constexpr int kMinStages = 2;
 
-template <typename T, bool kWide>
+template <typename T, bool kWide, int kLanes>
 void run(Task task, cudaStream_t stream) {
-  const auto kernel = skinny_gemm_kernel<T, kWide>;
+  const auto kernel = skinny_gemm_kernel<T, kWide, kLanes>;
   static const bool allowed = allow_shared(kernel, limits().shared_block - kStatic);
   (void)allowed;
   const SkinnyGemm& gemm = task.gemm;
@@ -221,9 +222,14 @@ void run(Task task, cudaStream_t stream) {
   launch(kernel, dim3(grid), dim3(kThreads + 32), shared, stream, task);
 }
 
+template <typename T, int kLanes>
+void run(const Task& task, cudaStream_t stream) {
+  task.gemm.rows > 8 ? run<T, true, kLanes>(task, stream) : run<T, false, kLanes>(task, stream);
+}
+
 template <typename T>
 void run(const Task& task, cudaStream_t stream) {
-  task.gemm.rows > 8 ? run<T, true>(task, stream) : run<T, false>(task, stream);
+  releasing_lanes() == 1 ? run<T, 1>(task, stream) : run<T, 32>(task, stream);
 }
 
 }  // namespace
@@ -243,7 +249,7 @@ void skinny_gemm(const SkinnyGemm& args, cudaStream_t stream) {
   }
   const int64_t outputs = args.epilogue == Epilogue::kGated ? args.n / 2 : args.n;
   const int units = int((outputs + skinny::kGroup - 1) / skinny::kGroup);
-  const skinny::Task task{args, units, 0, 0, releasing_lanes()};
+  const skinny::Task task{args, units, 0, 0};
   switch (args.dtype) {
     case DType::kBFloat16:
       return skinny::run<__nv_bfloat16>(task, stream);

@@ -28,7 +28,6 @@ struct Task {
   int units;    // of 8 outputs: a group of rows of w, or two groups (gate and up)
   int stages;
   int x_pitch;  // bytes a row of x in shared memory; 0: x is read from global memory
-  int releasing_lanes;
 };
 
 template <typename T>
