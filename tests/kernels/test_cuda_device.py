@@ -75,6 +75,14 @@ def test_the_operation_raises_what_was_refused(monkeypatch) -> None:
     assert ops.device_report() == H100
 
 
+@needs_gpu_module
+def test_one_lane_or_all_of_a_warp_give_a_stage_back() -> None:
+    from octavo_kernels import _cuda
+
+    with pytest.raises(ValueError, match="1 or 32, not 3"):
+        _cuda.set_releasing_lanes(3)
+
+
 def test_the_table_of_gpus_says_which_are_refused() -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]

@@ -129,6 +129,19 @@ def test_what_is_brought_nearer_changes_nothing(n) -> None:
     assert torch.equal(ahead, before)
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_however_many_lanes_give_a_stage_back_the_bits_are_the_same(rows) -> None:
+    from octavo_kernels import _cuda
+
+    x, w = normal(rows, 14336, dtype=torch.bfloat16), weight(512, 14336, torch.bfloat16)
+    usual = ops.linear(x, w)
+    _cuda.set_releasing_lanes(32)
+    try:
+        assert torch.equal(ops.linear(x, w), usual)
+    finally:
+        _cuda.set_releasing_lanes(1)
+
+
 def test_x_may_be_columns_of_something_wider() -> None:
     wide, w = normal(5, 4096, dtype=torch.bfloat16), weight(64, 1024, torch.bfloat16)
     x = wide[:, 1024:2048]

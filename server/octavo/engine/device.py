@@ -56,7 +56,7 @@ class _Wanted:
     @property
     def most(self) -> int:
         """The largest of the counts, but at least 1."""
-        return max(1, *self.counts)
+        return max([1, *self.counts])
 
     def read(self, tokens: Sequence[int], words: np.ndarray) -> dict[int, TokenLogprobs]:
         """By sequence id, of those that got a token, out of the words of `_logprob_words`."""
