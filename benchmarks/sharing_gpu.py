@@ -4,10 +4,11 @@
     python benchmarks/sharing_gpu.py --model llama-8b --load sharegpt --kind beam --width 6
 
 Both sides are this engine, with the same requests and the same pool of KV blocks, so small that
-memory bounds the batch. `Unshared` is its scheduler with one rule changed: a branch that is to
-write takes a copy of every block that another holds, not of the last alone; and a group is let in
-when there is room for all of its branches' blocks. Requests never run out: what is measured is a
-number of steps, after as many as a request mostly lives. One JSON line a run, one a ratio.
+memory bounds the batch. `Unshared` is its scheduler without sharing: a branch that is to write
+takes a copy of every block that another holds, not of the last alone, which makes it planned by
+itself; and a group is let in when there is room for all of its branches' blocks. Requests never
+run out: what is measured is a number of steps, after as many as a request mostly lives. One JSON
+line a run, one a ratio.
 """
 
 from __future__ import annotations

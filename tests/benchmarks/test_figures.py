@@ -20,6 +20,8 @@ from octavo.engine.loop import EngineLoop
 
 ROOT = Path(__file__).resolve().parents[2]
 A, B, C, E = 5e-3, 7e-6, 4e-8, 2.4e-5
+# Prompt tokens of a step of 2,048 with as many decodes as any point of the cost model has.
+LEAST_OF_PROMPTS = 2048 - max(sequences for sequences, _ in GRID)
 
 
 def cost(sequences: float, kv_tokens: float, prompt_tokens: float) -> float:
@@ -107,7 +109,7 @@ def run_with_decodes_for_nothing(requests) -> float:
     length, output = len(requests[0].prompt), requests[0].output
     left, drawn, seconds = [length] * len(requests), [], 0.0
     while left or drawn:
-        prompt = min(sum(left), cost_model.STEP_TOKENS)
+        prompt = min(sum(left), LEAST_OF_PROMPTS)
         decodes = (0, 0) if left else (len(drawn), sum(length + n for n in drawn))
         seconds += cost(*decodes, prompt)
         drawn = [n + 1 for n in drawn if n + 1 < output]

@@ -7,7 +7,8 @@ from beam_oracle import EOS, VOCAB, BeamRunner, plain_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.core.beam import BeamSearch
+from octavo.core import scheduler
+from octavo.core.beam import BeamSearch, run_alike
 from octavo.core.block_pool import BlockPool
 from octavo.core.policy import PolicyFactory
 from octavo.core.request import Limits, RequestError
@@ -120,7 +121,7 @@ class BranchByBranch(Scheduler):
 
 @pytest.mark.parametrize("caching", [False, True])
 @pytest.mark.parametrize("blocks", [31, 256])
-def test_a_search_is_planned_at_once_as_it_is_branch_by_branch(blocks, caching):
+def test_a_search_is_planned_at_once_as_it_is_branch_by_branch(blocks, caching, monkeypatch):
     engines = [
         Engine(blocks=blocks, block_size=2, budget=18, caching=caching, make=make)
         for make in (Scheduler, BranchByBranch)
@@ -130,7 +131,15 @@ def test_a_search_is_planned_at_once_as_it_is_branch_by_branch(blocks, caching):
             prompt = [(5 * i + j) % VOCAB for j in range(3 + i)]
             engine.add(f"r{i}", prompt, 4, 8 + i, length_penalty=0.0, early_stopping="never")
         engine.scheduler.add("plain", [1, 2], SamplingParams(max_tokens=12, ignore_eos=True))
-    copies = 0
+    at_once, copies = 0, 0
+
+    def counted(*args):
+        nonlocal at_once
+        found = run_alike(*args)
+        at_once += found is not None
+        return found
+
+    monkeypatch.setattr(scheduler, "run_alike", counted)
     while engines[0].scheduler.has_work:
         plan, expected = (engine.step() for engine in engines)
         assert plan.chunks == expected.chunks
@@ -138,6 +147,7 @@ def test_a_search_is_planned_at_once_as_it_is_branch_by_branch(blocks, caching):
         copies += len(plan.copies)
     assert engines[0].updates == engines[1].updates
     assert copies > 20
+    assert at_once > 20
     assert (engines[0].scheduler.counters.preemptions > 0) == (blocks < 256)
 
 
@@ -175,6 +185,14 @@ def test_the_best_continuations_are_those_of_all_in_order(scores, drawn):
         for token, logprob in enumerate(lists[branch])
     ]
     assert list(beam._ranked()) == sorted(every, key=lambda one: -one[0])
+
+
+def test_no_more_candidates_are_asked_for_than_there_are_tokens():
+    engine = Engine(seqs=VOCAB)
+    engine.add("a", [4, 5, 6], VOCAB, 4)
+    plan = engine.step()
+    assert plan.sequences[0].params.logprobs == VOCAB
+    engine.finish()
 
 
 def test_stop_ids_leave_enough_candidates_to_go_on():

@@ -41,7 +41,8 @@ inline bool& overlap() {
 // How many lanes of a warp arrive when it leaves a stage of a Ring: one, behind a __syncwarp that
 // orders the others' loads before it. 32 is for racecheck, which does not follow an order through
 // __syncwarp to an mbarrier (2026.3) and calls the loads of all lanes but the arriving one a race.
-// Kernels have it as a constant: from their arguments, it cost a step at long contexts 2 %.
+// Kernels have it as a constant: from their arguments, it cost steps of qwen3-0.6b at contexts of
+// 5,000 tokens 1 to 2.5 %.
 inline int& releasing_lanes() {
   static int lanes = 1;
   return lanes;

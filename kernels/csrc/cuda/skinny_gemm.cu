@@ -248,8 +248,7 @@ void skinny_gemm(const SkinnyGemm& args, cudaStream_t stream) {
                                 " rows of " + std::to_string(args.k));
   }
   const int64_t outputs = args.epilogue == Epilogue::kGated ? args.n / 2 : args.n;
-  const int units = int((outputs + skinny::kGroup - 1) / skinny::kGroup);
-  const skinny::Task task{args, units, 0, 0};
+  const skinny::Task task{args, int((outputs + skinny::kGroup - 1) / skinny::kGroup), 0, 0};
   switch (args.dtype) {
     case DType::kBFloat16:
       return skinny::run<__nv_bfloat16>(task, stream);

@@ -88,7 +88,8 @@ def make_group(request: Request, limits: Limits, num_blocks: int, first_id: int)
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
         )
-        params = msgspec.structs.replace(params, logprobs=beam.num_candidates)
+        candidates = min(beam.num_candidates, limits.vocab_size)
+        params = msgspec.structs.replace(params, logprobs=candidates)
     return Group(
         first_id,
         [
