@@ -62,7 +62,7 @@ class Unshared(Scheduler):
         ]
 
     def _step_search(self, group: Group, draft: Any) -> bool:  # noqa: ARG002
-        return False  # branch by branch, each with its copies
+        return False  # the one pass copies one block of a branch, not all that others hold
 
     def _admission_blocks(self, group: Group, found: Prefix) -> int:  # noqa: ARG002
         mean, chunk = self.output_lengths.mean, self.limits.max_num_batched_tokens

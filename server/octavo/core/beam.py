@@ -174,12 +174,12 @@ def run_alike(
         if not alike or branch.written > start or len(branch.block_table) != rows:
             return None
     shares, copies = list[ScheduledSequence](), list[tuple[int, int]]()
-    new = pool.allocate(width) if row == rows else []
+    new = iter(pool.allocate(width) if row == rows else ())
     for branch in branches:
         table, tokens = branch.block_table, branch.tokens
         # Always a new list: a plan may still hold the old one.
         if row == rows:
-            branch.block_table = table = [*table, new[branch.branch]]
+            branch.block_table = table = [*table, next(new)]
         elif pool.references(shared := table[row]) > 1:
             [own] = pool.allocate(1)
             pool.release((shared,))

@@ -201,7 +201,7 @@ class RowTable:
     ) -> list[int]:
         """Send what the device does not know of some sequences; their rows."""
         size, groups, width = self._block_size, self._layout.groups, self._layout.table_width
-        tables, indices = self._layout.tables, list[int]()
+        indices = list[int]()
         for share in shares:
             seq_id, start, table = share.seq_id, share.start, share.block_table
             end, token = start + len(share.token_ids), share.token_ids[-1]
@@ -231,7 +231,7 @@ class RowTable:
                 )
             same = common_prefix(row.table, table)
             if same < len(table):
-                sent.append((tables + index * width + same, table[same:]))
+                sent.append((self._table(row) + same, table[same:]))
             row.table = table.copy()
         return indices
 
